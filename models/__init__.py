@@ -1,0 +1,1 @@
+"""Flax models, written plainly, with no memory tricks of their own."""
