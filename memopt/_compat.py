@@ -1,0 +1,167 @@
+"""The one room that touches `jax._src` and that knows JAX versions.
+
+In: JAX's internals. Out: a small, stable vocabulary for jaxprs (types, constructors, scan layout, dead-code
+elimination) that every other module of memopt uses. Nothing here knows about memory. Supported: JAX 0.10.2 (where
+`ClosedJaxpr` wraps `Jaxpr`) to 0.12 (where they are one class and `scan` carries flat trees instead of counts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax._src import core as _core
+from jax._src import source_info_util as _siu
+from jax._src.interpreters import partial_eval as _pe
+from jax.extend import core as _xcore
+
+try:  # JAX >= 0.12: one class of flat trees describes a scan's operands
+    from jax._src import flattree as _flattree
+except ImportError:  # JAX 0.10
+    _flattree = None
+
+Var = _core.Var
+Literal = _core.Literal
+DropVar = _core.DropVar
+Jaxpr = _core.Jaxpr
+JaxprEqn = _core.JaxprEqn
+ClosedJaxpr = _xcore.ClosedJaxpr
+ShapedArray = _core.ShapedArray
+Tracer = jax.core.Tracer
+new_eqn = _core.new_jaxpr_eqn
+no_effects = _core.no_effects
+UNIFIED_JAXPR = Jaxpr is ClosedJaxpr or not hasattr(_core, "ClosedJaxpr")
+
+optimization_barrier_p = jax.lax.optimization_barrier_p
+
+
+def is_jaxpr(value: Any) -> bool:
+    """Say whether a parameter value is a jaxpr, closed or open."""
+    return isinstance(value, (Jaxpr, ClosedJaxpr))
+
+
+def open_jaxpr(value: Any) -> Any:
+    """Return the open form (`constvars` and `eqns`) of a closed or open jaxpr."""
+    return value.jaxpr if hasattr(value, "jaxpr") else value
+
+
+def jaxpr_consts(value: Any) -> Sequence[Any]:
+    """Return the constants closed over by a jaxpr; empty for an open one."""
+    return getattr(value, "consts", ())
+
+
+def close(jaxpr: Any, consts: Sequence[Any] = ()) -> Any:
+    """Return a closed jaxpr from an open one and its constants."""
+    return ClosedJaxpr(jaxpr, list(consts))
+
+
+def rebuild(jaxpr: Any, *, constvars=None, invars=None, outvars=None, eqns=None) -> Any:
+    """Return an open jaxpr with new parts, its effects computed again and its debug names dropped where they no longer fit."""
+    base = open_jaxpr(jaxpr)
+    eqns = list(base.eqns if eqns is None else eqns)
+    invars = list(base.invars if invars is None else invars)
+    outvars = list(base.outvars if outvars is None else outvars)
+    constvars = list(base.constvars if constvars is None else constvars)
+    debug = base.debug_info
+    if len(invars) != len(base.invars) or len(outvars) != len(base.outvars):
+        debug = debug.with_unknown_names()
+    effects = _pe.make_jaxpr_effects(constvars, invars, outvars, eqns)
+    return Jaxpr(constvars, invars, outvars, eqns, effects, debug)
+
+
+def make_jaxpr_like(jaxpr: Any, constvars, invars, outvars, eqns) -> Any:
+    """Return an open jaxpr of these parts with the debug information's function name of another one."""
+    return rebuild(jaxpr, constvars=constvars, invars=invars, outvars=outvars, eqns=eqns)
+
+
+def subjaxprs(params: dict[str, Any]) -> list[tuple[str, int | None, Any]]:
+    """List the jaxprs in an equation's parameters as `(key, position in a tuple or None, jaxpr)`."""
+    found = []
+    for key, value in params.items():
+        if is_jaxpr(value):
+            found.append((key, None, value))
+        elif isinstance(value, (tuple, list)):
+            found.extend((key, i, item) for i, item in enumerate(value) if is_jaxpr(item))
+    return found
+
+
+def scan_layout(eqn: JaxprEqn) -> tuple[int, int]:
+    """Return `(number of constants, number of carries)` of a `scan` equation."""
+    if _flattree is None or "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
+def scan_params(eqn: JaxprEqn, jaxpr: Any, num_consts: int, num_carry: int) -> dict[str, Any]:
+    """Return the parameters of a `scan` like `eqn` over another body with this many constants and carries."""
+    params = dict(eqn.params, jaxpr=jaxpr)
+    if _flattree is None or "num_consts" in eqn.params:
+        params.update(num_consts=num_consts, num_carry=num_carry)
+        if "linear" in params:
+            params["linear"] = (False,) * len(jaxpr.in_avals)
+        return params
+    nones = _flattree.nones
+    xs = len(jaxpr.in_avals) - num_consts - num_carry
+    ys = len(jaxpr.out_avals) - num_carry
+    params["ft_in"] = _flattree.pack((nones(num_consts), nones(num_carry), nones(xs)))
+    params["ft_out"] = _flattree.pack((nones(num_carry), nones(ys)))
+    return params
+
+
+def replace_eqn(eqn: JaxprEqn, *, invars=None, outvars=None, params=None, effects=None) -> JaxprEqn:
+    """Return a copy of an equation with some parts exchanged; source information and context stay."""
+    return eqn.replace(
+        invars=eqn.invars if invars is None else list(invars),
+        outvars=eqn.outvars if outvars is None else list(outvars),
+        params=eqn.params if params is None else params,
+        effects=eqn.effects if effects is None else effects,
+    )
+
+
+def with_name(eqn: JaxprEqn, prefix: Any) -> JaxprEqn:
+    """Return the equation with the name stack of an enclosing equation put before its own."""
+    if not prefix.stack:
+        return eqn
+    info = eqn.source_info
+    return eqn.replace(source_info=info.replace(name_stack=prefix + info.name_stack))
+
+
+def name_stack(eqn: JaxprEqn) -> Any:
+    """Return an equation's name stack object (prints as `a/b/c`)."""
+    return eqn.source_info.name_stack
+
+
+def user_source(eqn: JaxprEqn) -> str:
+    """Return `file:line (function)` of the user's code that made an equation, or an empty string."""
+    return _siu.summarize(eqn.source_info)
+
+
+def barrier_eqn(invars: Sequence[Any], like: JaxprEqn) -> tuple[JaxprEqn, list[Var]]:
+    """Return an `optimization_barrier` equation over the variables, and its fresh outputs in the same order."""
+    outvars = [Var(v.aval) for v in invars]
+    eqn = new_eqn(list(invars), outvars, optimization_barrier_p, {}, no_effects, like.source_info, like.ctx)
+    return eqn, outvars
+
+
+def stacked_aval(aval: Any, length: int) -> Any:
+    """Return the abstract value of `length` of these along a new leading axis."""
+    return _core.unmapped_aval(length, 0, aval)
+
+
+def dce(jaxpr: Any, used: Sequence[bool] | None = None) -> tuple[Any, list[bool]]:
+    """Drop what no used output and no effect needs, inside loops and calls too; inputs are reported, not dropped."""
+    base = open_jaxpr(jaxpr)
+    used = [True] * len(base.outvars) if used is None else list(used)
+    return _pe.dce_jaxpr(base, used, instantiate=True)
+
+
+def check(closed: Any) -> None:
+    """Raise `TypeError` when a jaxpr is not well formed (used in tests and under `jax.enable_checks`)."""
+    _core.check_jaxpr(open_jaxpr(closed))
+
+
+def as_function(closed: Any) -> Callable[..., list[Any]]:
+    """Return a function of flat arrays that runs a closed jaxpr and returns a flat list."""
+    return _xcore.jaxpr_as_fun(closed)

@@ -1,0 +1,220 @@
+"""The survey of the house: every value and operation of a step, with its home, in one numbered graph.
+
+In: an inlined closed jaxpr. Out: a `Graph` of regions (the top level and each loop, branch or `shard_map` body),
+operations and values, in which equal computations are one value (value numbering), and in which a loop that reads what
+another loop stacked is paired with it: inside the reading body, a slice of the stack *is* the other body's value, so a
+user's own recomputation there and the original become one node. It measures and decides nothing, and changes no jaxpr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from memopt import _compat as c
+
+INVAR, CONST_IN, CARRY_IN, XS_IN, MADE = "input", "loop constant", "loop carry", "loop slice", "made"
+_BODY_PRIMITIVES = {"scan": "jaxpr", "while": "body_jaxpr", "cond": "branches", "shard_map": "jaxpr"}
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Value:
+    """One value of the step: its variable, the region it lives in and how it comes to be."""
+
+    id: int
+    var: Any
+    region: int
+    kind: str
+    op: Op | None = None  # the operation that makes it (kind MADE)
+    operand: int | None = None  # position among the loop's operands (kinds CONST_IN, CARRY_IN, XS_IN)
+
+    @property
+    def aval(self) -> Any:
+        return self.var.aval
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Op:
+    """One equation: the ids of what it reads (None for a literal) and makes, its place, and its bodies."""
+
+    id: int
+    region: int
+    index: int
+    eqn: Any
+    inputs: tuple[int | None, ...]
+    outputs: tuple[int, ...]
+    bodies: list[Region] = dataclasses.field(default_factory=list)
+    mapped: frozenset[int] = frozenset()  # operand positions that the body reads through its source regions instead
+    feeds: list[Op] = dataclasses.field(default_factory=list)  # later loops whose body reads this loop's body
+    bin: int = -1  # the time segment it runs in, numbered over all regions
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Region:
+    """One body of equations that runs `trips` times in all."""
+
+    id: int
+    jaxpr: Any
+    parent: int | None
+    op: Op | None
+    trips: int
+    env: dict[Any, int] = dataclasses.field(default_factory=dict)
+    ops: list[Op] = dataclasses.field(default_factory=list)
+    outs: list[int | None] = dataclasses.field(default_factory=list)
+    sources: list[int] = dataclasses.field(default_factory=list)  # regions whose values this body may read by slice
+    changed: bool = False  # equations were merged away by value numbering
+    numbers: dict[Any, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    bins: range = range(0)
+
+
+class Graph:
+    """All regions, operations and values of an inlined step.
+
+    Args:
+      closed: closed jaxpr, inlined (`memopt._inline.inline`).
+
+    Values that are equal by construction share one id, within a region and between a loop body and the bodies that it
+    feeds. `needs` of an operation are its `inputs` at positions that are not `mapped`.
+    """
+
+    def __init__(self, closed: Any):
+        self.closed = closed
+        self.regions: list[Region] = []
+        self.ops: list[Op] = []
+        self.values: list[Value] = []
+        self.top = self._region(closed, None, None, 1, {})
+
+    def _value(self, var: Any, region: int, kind: str, op: Op | None = None, operand: int | None = None) -> int:
+        self.values.append(Value(len(self.values), var, region, kind, op, operand))
+        return len(self.values) - 1
+
+    def _region(self, closed, parent, op, trips, shared, roles=None) -> Region:
+        jaxpr = c.open_jaxpr(closed)
+        region = Region(len(self.regions), closed, parent, op, trips)
+        self.regions.append(region)
+        for var in jaxpr.constvars:
+            region.env[var] = self._value(var, region.id, INVAR)
+        for i, var in enumerate(jaxpr.invars):
+            kind = INVAR if roles is None else roles[i]
+            region.env[var] = shared[i] if i in shared else self._value(var, region.id, kind, operand=i)
+        homes = {self.values[v].region for v in shared.values()}
+        region.sources = sorted(homes - {region.id})
+        tables = [region.numbers, *(self.regions[s].numbers for s in region.sources)]
+        for eqn in jaxpr.eqns:
+            self._op(region, eqn, tables)
+        region.outs = [None if isinstance(v, c.Literal) else region.env[v] for v in jaxpr.outvars]
+        return region
+
+    def _op(self, region: Region, eqn: Any, tables: list[dict]) -> None:
+        inputs = tuple(None if isinstance(v, c.Literal) else region.env[v] for v in eqn.invars)
+        key = None if eqn.effects else _number_key(eqn, inputs)
+        for table in tables if key is not None else ():
+            if key in table:
+                region.env.update(zip(eqn.outvars, table[key], strict=True))
+                region.changed = True
+                return
+        op = Op(len(self.ops), region.id, len(region.ops), eqn, inputs, ())
+        self.ops.append(op)
+        region.ops.append(op)
+        op.outputs = tuple(self._value(v, region.id, MADE, op) for v in eqn.outvars)
+        region.env.update(zip(eqn.outvars, op.outputs, strict=True))
+        if key is not None:
+            region.numbers[key] = op.outputs
+        self._bodies(region, op)
+
+    def _bodies(self, region: Region, op: Op) -> None:
+        name = op.eqn.primitive.name
+        key = _BODY_PRIMITIVES.get(name)
+        if key is None:
+            return
+        body = op.eqn.params[key]
+        if name == "scan":
+            self._scan_body(region, op, body)
+            return
+        for one in body if isinstance(body, tuple) else (body,):
+            op.bodies.append(self._region(one, region.id, op, region.trips, {}))
+
+    def _scan_body(self, region: Region, op: Op, body: Any) -> None:
+        num_consts, num_carry = c.scan_layout(op.eqn)
+        first_xs = num_consts + num_carry
+        roles = [CONST_IN] * num_consts + [CARRY_IN] * num_carry
+        roles += [XS_IN] * (len(op.inputs) - first_xs)
+        shared, makers = {}, []
+        for i in range(first_xs, len(op.inputs)):
+            found = self._stacked(region, op, op.inputs[i])
+            if found is not None:
+                shared[i] = found[0]
+                makers.append(found[1])
+        for maker in dict.fromkeys(makers):
+            self._share_operands(op, maker, shared, num_consts, first_xs)
+            maker.feeds.append(op)
+        op.mapped = frozenset(shared)
+        op.bodies.append(self._region(body, region.id, op, region.trips * op.eqn.params["length"], shared, roles))
+
+    def _stacked(self, region: Region, op: Op, operand: int | None) -> tuple[int, Op] | None:
+        """Return the body value that a scanned operand stacks, with the loop that made it, if it is such a stack."""
+        if operand is None or self.values[operand].region != region.id:
+            return None
+        maker = self.values[operand].op
+        if maker is None or maker.eqn.primitive.name != "scan" or not maker.bodies:
+            return None
+        if maker.eqn.params["length"] != op.eqn.params["length"]:
+            return None
+        position = maker.outputs.index(operand)
+        if position < c.scan_layout(maker.eqn)[1]:
+            return None
+        inner = maker.bodies[0].outs[position]
+        if inner is None or self.values[inner].region != maker.bodies[0].id:
+            return None
+        return inner, maker
+
+    def _share_operands(self, op: Op, maker: Op, shared: dict[int, int], num_consts: int, first_xs: int) -> None:
+        """Let constants and slices that both loops take from the same array be the maker's own values."""
+        maker_consts, maker_carry = c.scan_layout(maker.eqn)
+        body = maker.bodies[0]
+        invars = c.open_jaxpr(body.jaxpr).invars
+        known_consts = {v: i for i, v in enumerate(maker.inputs[:maker_consts]) if v is not None}
+        first = maker_consts + maker_carry
+        known_xs = {v: first + i for i, v in enumerate(maker.inputs[first:]) if v is not None}
+        for i, v in enumerate(op.inputs):
+            table = known_consts if i < num_consts else known_xs if i >= first_xs else {}
+            if i in shared or v is None or v not in table:
+                continue
+            inner = body.env[invars[table[v]]]
+            if self.values[inner].region == body.id:
+                shared[i] = inner
+
+    def out_position(self, maker: Op, inner: int) -> int | None:
+        """Return the position among a loop's outputs at which it already stacks this value of its body."""
+        start = c.scan_layout(maker.eqn)[1]
+        outs = maker.bodies[0].outs
+        return next((i for i in range(start, len(outs)) if outs[i] == inner), None)
+
+
+def _number_key(eqn: Any, inputs: tuple[int | None, ...]) -> Any | None:
+    """Return a hashable key that equal computations share, or None where one cannot be made."""
+    if eqn.primitive.name in ("optimization_barrier", "rng_uniform"):
+        return None
+    literals = tuple(_literal_key(v) for v in eqn.invars if isinstance(v, c.Literal))
+    params = tuple((k, _param_key(v)) for k, v in eqn.params.items())
+    key = (eqn.primitive, params, inputs, literals, tuple(str(v.aval) for v in eqn.outvars) if not inputs else None)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _literal_key(literal: Any) -> Any:
+    return (str(literal.aval), repr(literal.val))
+
+
+def _param_key(value: Any) -> Any:
+    """Keep apart what Python calls equal but JAX does not: 0.0 and -0.0, 1 and True and 1.0; jaxprs by identity."""
+    if isinstance(value, float):
+        return ("float", repr(value))
+    if c.is_jaxpr(value):
+        return ("jaxpr", id(value))
+    if isinstance(value, (tuple, list)):
+        return tuple(_param_key(v) for v in value)
+    return (type(value), value)
