@@ -1,0 +1,129 @@
+"""The strict room in which every test runs: what comes in is the environment, what goes out is JAX set up for the tests.
+
+Before JAX starts: CPU only, eight faked devices, a quiet libtpu that several processes may load at once. For each test:
+strict dtype promotion, and rank promotion raises. Markers: `slow` runs with `--slow` or `MEMOPT_SLOW=1` alone;
+`tpu_aot` skips with the reason where libtpu cannot be loaded; `loose_promotion` relaxes both promotions, for a test or
+(`pytestmark`) a module in which Flax or Optax themselves add a scalar array to a matrix or a float32 to a bfloat16.
+
+Where memopt is not installed, its folders are mapped as `setup.cfg` maps them. The repository root is taken off the
+path in any case: with it there, `passes.x` and `memopt.passes.x` would be two modules with two registries.
+"""
+
+import configparser
+import functools
+import importlib.machinery
+import importlib.util
+import os
+import pathlib
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+
+
+def set_environment() -> None:
+    """Set what JAX and libtpu read when they start; whatever the caller has set already stays."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    flags = os.environ.get("XLA_FLAGS", "")
+    if DEVICE_COUNT_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {DEVICE_COUNT_FLAG}=8".strip()
+
+
+class SourceFinder:
+    """Finds the packages of a source tree that is not installed, by the `package_dir` of its `setup.cfg`."""
+
+    def __init__(self, root: pathlib.Path):
+        config = configparser.ConfigParser()
+        config.read(root / "setup.cfg", encoding="utf-8")
+        pairs = (line.split("=") for line in config["options"]["package_dir"].strip().splitlines())
+        self.folders = {name.strip(): root / folder.strip() for name, folder in pairs}
+
+    def find_spec(self, name: str, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
+        """Answer for the mapped packages alone; Python finds what lies inside them by itself."""
+        folder = self.folders.get(name)
+        if folder is None:
+            return None
+        return importlib.util.spec_from_file_location(
+            name, folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+
+
+def map_sources() -> None:
+    """Take the root off the path, and map the folders unless an installed memopt already brings them."""
+    sys.path[:] = [entry for entry in sys.path if pathlib.Path(entry or ".").resolve() != ROOT]
+    if importlib.util.find_spec("memopt") is None:
+        sys.meta_path.insert(0, SourceFinder(ROOT))
+
+
+set_environment()
+map_sources()
+
+import hypothesis  # noqa: E402  (JAX and what imports it come after the environment)
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "memopt", derandomize=True, deadline=None, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("memopt")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--slow`."""
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow too (or set MEMOPT_SLOW=1)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what is slow, unless it is asked for."""
+    if config.getoption("--slow") or os.environ.get("MEMOPT_SLOW", "0") not in ("", "0"):
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow or MEMOPT_SLOW=1"))
+
+
+@functools.cache
+def libtpu_problem() -> str | None:
+    """Say why nothing can be compiled for a TPU here, or None where it can: asked once a session."""
+    if importlib.util.find_spec("libtpu") is None:
+        return 'libtpu is not installed: pip install "memopt[tpu]"'
+    from jax.experimental import topologies
+
+    try:
+        topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        return f"libtpu cannot be loaded: {error}"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that compiles for TPUs where libtpu cannot be loaded."""
+    if item.get_closest_marker("tpu_aot") and (problem := libtpu_problem()):
+        pytest.skip(problem)
+
+
+@pytest.fixture(autouse=True)
+def promotion(request: pytest.FixtureRequest):
+    """Make every implicit change of dtype or rank an error, but in tests marked `loose_promotion`."""
+    loose = request.node.get_closest_marker("loose_promotion") is not None
+    dtype, rank = ("standard", "allow") if loose else ("strict", "raise")
+    with jax.numpy_dtype_promotion(dtype), jax.numpy_rank_promotion(rank):
+        yield
+
+
+@pytest.fixture
+def getkey():
+    """Give a function that returns a new PRNG key at each call, the same ones in every run."""
+    keys = iter(range(1 << 30))
+    return lambda: jax.random.key(next(keys))
