@@ -29,13 +29,13 @@ class _TpuKind:
 
 
 # The limits are the compiler's: what "exceeds available HBM (...)" names when a 1Mi x 1Mi f32 broadcast is compiled
-# for one chip, the same with libtpu 0.0.42.1 and 0.0.50.1. A v4 and a 7x chip are two JAX devices each.
+# for one chip, the smaller of libtpu 0.0.42.1 and 0.0.50.1 (they differ by 0.01). A v4 and a 7x chip are two devices.
 _TPU_KINDS = {
     "v4": _TpuKind(3, "TPU v4", 15.25),
     "v5e": _TpuKind(2, "TPU v5 lite", 15.75),
-    "v5p": _TpuKind(3, "TPU v5", 95.74),
-    "v6e": _TpuKind(2, "TPU v6 lite", 31.25),
-    "tpu7x": _TpuKind(3, "TPU7x", 94.75),
+    "v5p": _TpuKind(3, "TPU v5", 95.73),
+    "v6e": _TpuKind(2, "TPU v6 lite", 31.24),
+    "tpu7x": _TpuKind(3, "TPU7x", 94.74),
 }
 _TPU_ALIASES = {"7x": "tpu7x", "v7x": "tpu7x", "v5litepod": "v5e", "v5lite": "v5e", "v6lite": "v6e"}
 _GPU_KINDS = ("a100", "h100", "h200", "b200")
