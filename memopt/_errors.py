@@ -1,0 +1,85 @@
+"""Errors that memopt raises on purpose: the vocabulary in which it says no.
+
+Figures and plain text come in, exceptions whose message is full sentences go out. This module imports nothing of
+memopt and nothing of JAX, so that every other module may import it.
+"""
+
+from collections.abc import Sequence
+
+MIB = 2**20
+GIB = 2**30
+
+
+def format_bytes(size_bytes: int | None) -> str:
+    """Write a number of bytes the way every memopt table does.
+
+    Args:
+        size_bytes: bytes, or None for a figure that is not known.
+
+    Returns:
+        `"512 B"`, `"1.5 KiB"`, `"20.0 MiB"`, `"15.75 GiB"`; `"unknown"` for None.
+
+    Example:
+        >>> format_bytes(3 * 2**29)
+        '1.50 GiB'
+    """
+    if size_bytes is None:
+        return "unknown"
+    magnitude = abs(size_bytes)
+    if magnitude >= GIB:
+        return f"{size_bytes / GIB:.2f} GiB"
+    if magnitude >= MIB:
+        return f"{size_bytes / MIB:.1f} MiB"
+    if magnitude >= 1024:
+        return f"{size_bytes / 1024:.1f} KiB"
+    return f"{size_bytes} B"
+
+
+class TargetError(ValueError):
+    """An unknown target, or one that cannot be compiled for on this machine; the message holds the remedy."""
+
+
+class BudgetError(RuntimeError):
+    """No plan fits the budget.
+
+    Args:
+        budget_bytes: the budget that was asked for, in bytes.
+        smallest_peak_bytes: the smallest peak that any plan reached, in bytes.
+        alive: what is alive at that peak, one line of text each, largest first.
+        advice: what would help and by how much, one sentence each, best first.
+
+    Example:
+        >>> error = BudgetError(2**20, 3 * 2**20, ["2.0 MiB params"], ["Donate argument 0: -1.0 MiB."])
+        >>> str(error).splitlines()[0]
+        'No plan fits the budget of 1.0 MiB: the smallest peak is 3.0 MiB, 2.0 MiB too much.'
+    """
+
+    def __init__(
+        self,
+        budget_bytes: int,
+        smallest_peak_bytes: int,
+        alive: Sequence[str] = (),
+        advice: Sequence[str] = (),
+    ) -> None:
+        self.budget_bytes = int(budget_bytes)
+        self.smallest_peak_bytes = int(smallest_peak_bytes)
+        self.alive = list(alive)
+        self.advice = list(advice)
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        over_bytes = self.smallest_peak_bytes - self.budget_bytes
+        smallest = format_bytes(self.smallest_peak_bytes)
+        budget = format_bytes(self.budget_bytes)
+        first = f"No plan fits the budget of {budget}: the smallest peak is {smallest}, {format_bytes(over_bytes)} too much."
+        lines = [first]
+        if self.advice:
+            lines += ["What would help:", *(f"  {sentence}" for sentence in self.advice)]
+        else:
+            lines.append(f"Give a budget of {smallest} or more, or a smaller batch.")
+        if self.alive:
+            lines += ["Alive at that peak, largest first:", *(f"  {line}" for line in self.alive)]
+        return "\n".join(lines)
+
+    def __reduce__(self):
+        return type(self), (self.budget_bytes, self.smallest_peak_bytes, self.alive, self.advice)
