@@ -9,6 +9,7 @@ neighbours, so those pay their arithmetic and only `FUSED_TRAFFIC` of the traffi
 """
 
 import functools
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -18,12 +19,16 @@ from jax.extend import core
 
 from memopt._specs import DeviceSpec
 
-FUSED_TRAFFIC = 0.25  # Part of an element-wise result's write and read that fusion leaves: about one in four is a fusion root.
-RANDOM_OPERATIONS = 100.0  # Integer operations for one 32-bit word of Threefry 2x32: 20 rounds of 3 plus key schedule, x 2 / 2.
+FUSED_TRAFFIC = (
+    0.25  # Part of an element-wise result's write and read that fusion leaves: about one in four is a fusion root.
+)
+RANDOM_OPERATIONS = (
+    100.0  # Integer operations for one 32-bit word of Threefry 2x32: 20 rounds of 3 plus key schedule, x 2 / 2.
+)
 
 _ALIGNMENT_BYTES = 64  # XLA:CPU and XLA:GPU buffers start and end on these.
-_LANES = 128
-_PACKED = {"int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}
+_LANES, _SUBLANES = 128, 8
+_PACKED_BITS = {"int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}
 
 
 # Bytes
@@ -33,60 +38,87 @@ def aval_bytes(aval: Any) -> int:
     """Return the bytes of one value as a dense array, without the target's padding.
 
     Args:
-        aval: abstract value of any dtype and shape. Booleans take a byte, 4-bit types half a byte, typed PRNG
-            keys their base array's bytes; tokens and references take none.
+        aval: abstract value of any shape and dtype. Booleans take a byte, 4-bit types half a byte, typed PRNG keys
+            their base array's bytes; tokens and references take none.
 
     Returns:
         Bytes, rounded up for types below a byte.
 
     Example:
         >>> import jax
-        >>> aval_bytes(jax.core.ShapedArray((3, 5), "float32"))
+        >>> aval_bytes(jax.ShapeDtypeStruct((3, 5), "float32"))
         60
     """
-    dtype = getattr(aval, "dtype", None)
-    if dtype is None or hasattr(aval, "inner_aval"):
-        return 0
-    count = math.prod(aval.shape)
-    bits = _PACKED.get(dtype.name)
-    return count * dtype.itemsize if bits is None else (count * bits + 7) // 8
+    bits = _element_bits(aval)
+    return (math.prod(aval.shape) * bits + 7) // 8 if bits else 0
 
 
 def padded_bytes(aval: Any, platform: str) -> int:
     """Return the bytes that one value takes in the memory of a platform.
 
+    On TPU an array of two or more dimensions is stored in tiles over its two minor-most ones: the minor dimension is
+    padded to 128 lanes, the second to 8 rows, or to the next power of two if it is smaller (not below what packs into
+    32 bits: 1 row for float32, 2 for bfloat16, 4 for int8 and bool). XLA chooses which dimensions come last and takes
+    the pair with the least padding, so the order of the dimensions does not matter. One-dimensional arrays and scalars
+    are padded to the next power of two between 512 bytes' worth and 1,024 elements, then to multiples of 1,024
+    elements. Elsewhere a buffer is rounded up to 64 bytes.
+
     Args:
         aval: abstract value.
-        platform: "tpu" (tiles), else buffers of 64-byte granularity ("cpu", "gpu").
+        platform: "tpu", "cpu" or "gpu".
 
     Returns:
-        Bytes, at least as many as `aval_bytes`.
+        Bytes, at least `aval_bytes`.
 
-    Limits: the layout on TPU is XLA's choice; this assumes the best of the two minor-most dimensions being any two.
+    Example:
+        >>> import jax
+        >>> padded_bytes(jax.ShapeDtypeStruct((200, 3), "float32"), "tpu")
+        4096
+
+    Source: the rule that reproduces the argument sizes of compiled one-operation programs for TPU v5e exactly
+    (`tests/test_cost.py` holds them).
+
+    Limits: what a layout is chosen for can force another: an operand of a matmul or a kernel may be padded more.
     """
-    size = aval_bytes(aval)
-    if not size:
+    bits = _element_bits(aval)
+    if not bits:
         return 0
-    if platform != "tpu":
-        return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    return _tiled_bytes(aval)
+    if platform == "tpu":
+        return _tiled_bytes(tuple(aval.shape), bits)
+    size = (math.prod(aval.shape) * bits + 7) // 8
+    return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
 
 
-def _tiled_bytes(aval: Any) -> int:
-    shape = aval.shape
-    bits = _PACKED.get(aval.dtype.name, 8 * aval.dtype.itemsize)
-    dims = [d for d in shape if d != 1]
-    if len(dims) < 2:
-        return -(-math.prod(dims) * bits // 8 // 512) * 512
-    sublanes = 8 * max(1, 32 // bits)
-    best = None
-    for i, minor in enumerate(dims):
-        for j, second in enumerate(dims):
-            if i != j:
-                rest = math.prod(dims) // (minor * second)
-                count = rest * (-(-minor // _LANES) * _LANES) * (-(-second // sublanes) * sublanes)
-                best = count if best is None else min(best, count)
-    return best * bits // 8
+def _element_bits(aval: Any) -> int:
+    """Return the bits of one element as XLA stores it, 0 for what holds no array of its own."""
+    dtype = getattr(aval, "dtype", None)
+    return 0 if dtype is None or hasattr(aval, "inner_aval") else _dtype_bits(dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _dtype_bits(dtype: Any) -> int:
+    return _PACKED_BITS.get(dtype.name, 8 * dtype.itemsize)
+
+
+@functools.lru_cache(maxsize=65536)
+def _tiled_bytes(shape: tuple[int, ...], bits: int) -> int:
+    count, packing = math.prod(shape), max(1, 32 // bits)
+    if len(shape) < 2 or not count:
+        tile = min(1024, max(_LANES * packing, 1 << (count - 1).bit_length())) if count else 1
+        return -(-count // tile) * tile * bits // 8
+    padded = min(
+        count // (minor * second) * _round_up(minor, _LANES) * _round_up(second, _rows(second, packing))
+        for minor, second in itertools.permutations(shape, 2)
+    )
+    return padded * bits // 8
+
+
+def _rows(second: int, packing: int) -> int:
+    return max(packing, min(_SUBLANES, 1 << (second - 1).bit_length()))
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 # FLOPs
@@ -356,7 +388,9 @@ def _scan_seconds(eqn: core.JaxprEqn, spec: DeviceSpec) -> float:
 
 def _stacked_bytes(outer: Any, inner: Any) -> int:
     pairs = zip(outer, inner, strict=False)
-    return sum(aval_bytes(o.aval) for o, i in pairs if len(getattr(o.aval, "shape", ())) > len(getattr(i.aval, "shape", ())))
+    return sum(
+        aval_bytes(o.aval) for o, i in pairs if len(getattr(o.aval, "shape", ())) > len(getattr(i.aval, "shape", ()))
+    )
 
 
 def _cond_seconds(eqn: core.JaxprEqn, spec: DeviceSpec) -> float:
@@ -378,28 +412,34 @@ def _collective_seconds(eqn: core.JaxprEqn, spec: DeviceSpec) -> float:
     return passes * share * moved / (spec.link_bytes_per_second or spec.memory_bytes_per_second)
 
 
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
 _ALL_REDUCE = ("psum", "pmax", "pmin", "pmean")
 
 _FREE = frozenset(
-    """reshape broadcast_in_dim squeeze expand_dims stop_gradient optimization_barrier name copy_p pvary pbroadcast
+    _names("""reshape broadcast_in_dim squeeze expand_dims stop_gradient optimization_barrier name copy_p pvary pbroadcast
     sharding_constraint bitcast_convert_type iota create_token after_all axis_index get swap addupdate
     program_id num_programs random_wrap random_unwrap empty empty2 layout_constraint dce_sink
-    debug_callback mesh_cast reshard split unstack slice""".split()
+    debug_callback mesh_cast reshard split unstack slice""")
 )
 
 # Vector operations and transcendental calls of one element. TPUs and CPUs divide by a reciprocal and Newton steps.
 _ELEMENTWISE: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
-        """abs add add_any and ceil clamp clz complex conj convert_element_type copy eq eq_to floor ge gt imag is_finite
+        _names("""abs add add_any and ceil clamp clz complex conj convert_element_type copy eq eq_to floor ge gt imag is_finite
         le le_to lt lt_to max min mul mulhi ne neg nextafter not one_minus_square or pad population_count real
         reduce_precision round select_n shift_left shift_right_arithmetic shift_right_logical sign square sub
-        xor""".split(),
+        xor"""),
         (1.0, 0.0),
     ),
     **dict.fromkeys(["integer_pow", "div", "sqrt", "rsqrt", "rem"], (4.0, 0.0)),
-    **dict.fromkeys("exp exp2 expm1 log log1p log2 tanh logistic cbrt erf".split(), (0.0, 1.0)),
-    **dict.fromkeys("sin cos tan sinh cosh asin acos atan asinh acosh atanh atan2 erfc erf_inv pow".split(), (0.0, 2.0)),
-    **dict.fromkeys("lgamma digamma bessel_i0e bessel_i1e igamma igammac polygamma zeta".split(), (0.0, 10.0)),
+    **dict.fromkeys(_names("exp exp2 expm1 log log1p log2 tanh logistic cbrt erf"), (0.0, 1.0)),
+    **dict.fromkeys(
+        _names("sin cos tan sinh cosh asin acos atan asinh acosh atanh atan2 erfc erf_inv pow"), (0.0, 2.0)
+    ),
+    **dict.fromkeys(_names("lgamma digamma bessel_i0e bessel_i1e igamma igammac polygamma zeta"), (0.0, 10.0)),
 }
 
 _RULES: dict[str, Callable[[core.JaxprEqn, DeviceSpec], float]] = {
@@ -411,28 +451,30 @@ _RULES: dict[str, Callable[[core.JaxprEqn, DeviceSpec], float]] = {
     "pallas_call": _pallas_seconds,
     "fft": _fourier_seconds,
     **dict.fromkeys(
-        """reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor reduce argmax
-        argmin""".split(),
+        _names("""reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor reduce argmax
+        argmin"""),
         _reduction_seconds,
     ),
     **dict.fromkeys(
-        "reduce_window reduce_window_sum reduce_window_max reduce_window_min select_and_scatter_add "
-        "select_and_gather_add".split(),
+        _names(
+            "reduce_window reduce_window_sum reduce_window_max reduce_window_min select_and_scatter_add "
+            "select_and_gather_add"
+        ),
         _window_seconds,
     ),
-    **dict.fromkeys("dynamic_slice gather concatenate transpose rev tile stack".split(), _moved_seconds),
-    **dict.fromkeys("dynamic_update_slice scatter scatter-add scatter-mul scatter-min scatter-max".split(), _update_seconds),
+    **dict.fromkeys(_names("dynamic_slice gather concatenate transpose rev tile stack"), _moved_seconds),
     **dict.fromkeys(
-        "sort top_k approx_top_k cumsum cumprod cummax cummin cumlogsumexp".split(), _sorted_seconds
+        _names("dynamic_update_slice scatter scatter-add scatter-mul scatter-min scatter-max"), _update_seconds
     ),
+    **dict.fromkeys(_names("sort top_k approx_top_k cumsum cumprod cummax cummin cumlogsumexp"), _sorted_seconds),
     **dict.fromkeys(
-        "random_bits threefry2x32 random_seed random_fold_in random_split rng_bit_generator rng_uniform".split(),
+        _names("random_bits threefry2x32 random_seed random_fold_in random_split rng_bit_generator rng_uniform"),
         _random_seconds,
     ),
-    **dict.fromkeys("cholesky lu qr householder_product svd eigh triangular_solve".split(), _cubic_seconds),
+    **dict.fromkeys(_names("cholesky lu qr householder_product svd eigh triangular_solve"), _cubic_seconds),
     **dict.fromkeys(
-        """psum psum2 psum_invariant pmax pmin all_gather all_gather_invariant all_gather_reduced reduce_scatter
-        all_to_all ragged_all_to_all ppermute collective_permute""".split(),
+        _names("""psum psum2 psum_invariant pmax pmin all_gather all_gather_invariant all_gather_reduced reduce_scatter
+        all_to_all ragged_all_to_all ppermute collective_permute"""),
         _collective_seconds,
     ),
 }

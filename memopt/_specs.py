@@ -7,7 +7,6 @@ device; the CPU's figures are measured by `memopt._calibrate` when first asked f
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
