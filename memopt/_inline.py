@@ -76,7 +76,7 @@ class _Inliner:
         for eqn in source:
             inner = self._inner(eqn)
             if inner is None:
-                eqns.append(self._copied(eqn, env, prefix))
+                eqns.append(self._copied(eqn, env, prefix, constvars, consts))
                 continue
             stack = c.name_stack(eqn) if prefix is None else prefix + c.name_stack(eqn)
             base = c.open_jaxpr(inner)
@@ -87,8 +87,10 @@ class _Inliner:
             for outer, atom in zip(eqn.outvars, base.outvars, strict=True):
                 env[outer] = _read(local, atom)
 
-    def _copied(self, eqn: Any, env: dict, prefix: Any) -> Any:
+    def _copied(self, eqn: Any, env: dict, prefix: Any, constvars: list, consts: list) -> Any:
         params = self._bodies(eqn)
+        if eqn.primitive.name == "scan" and c.jaxpr_consts(params["jaxpr"]):
+            eqn, params = _hoisted(eqn, params, constvars, consts)
         if prefix is None and params is eqn.params and not any(_hit(env, v) for v in eqn.invars):
             return eqn
         outvars = list(eqn.outvars)
@@ -116,6 +118,17 @@ class _Inliner:
             return body if out is body else out
         out = self.closed(c.close(body))  # an open body (shard_map in JAX 0.10) can hold no new constants
         return body if c.jaxpr_consts(out) or c.open_jaxpr(out) is body else c.open_jaxpr(out)
+
+
+def _hoisted(eqn: Any, params: dict, constvars: list, consts: list) -> tuple[Any, dict]:
+    """Turn the constants closed over by a loop's body into ordinary loop constants."""
+    body = params["jaxpr"]
+    base = c.open_jaxpr(body)
+    outer = [_const(constvars, consts, var, value) for var, value in zip(base.constvars, body.consts, strict=True)]
+    flat = c.close(c.rebuild(base, constvars=[], invars=[*base.constvars, *base.invars]))
+    num_consts, num_carry = c.scan_layout(eqn)
+    params = c.scan_params(c.replace_eqn(eqn, params=params), flat, num_consts + len(outer), num_carry)
+    return c.replace_eqn(eqn, invars=[*outer, *eqn.invars], params=params), params
 
 
 def _hit(env: dict, atom: Any) -> bool:

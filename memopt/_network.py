@@ -1,0 +1,162 @@
+"""The workshop of the minimum cut: which values to keep and which operations to run again, at given prices.
+
+In: a `Survey` (graph, seconds, bytes) and the operations that passes allow to be run again. Out: for a vector of prices
+(seconds per byte and time segment), the cheapest set of repeats, exactly, by one maximum flow.
+
+The network has a node for each value that is needed in a later segment or in a paired loop's body, per place where it is
+needed, and a node for each operation that could be run again there. Cut arcs are what is paid: the arc from an
+operation to a value is the price of keeping that value until this place, the arc from the source to an operation is the
+price of running it again (its seconds, and its outputs' bytes while they live there). An operation that runs needs its
+inputs at the same place. A value needed in several places is kept up to one of them and repeated after it.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+from ortools.graph.python import max_flow
+
+from memopt import _graph as g
+from memopt._survey import Survey
+
+SOURCE, SINK = 0, 1
+_UNIT = 1e-13  # seconds in one unit of capacity
+_INFINITE = 1 << 58
+_LARGEST = 1 << 52
+MOST_NODES_A_PLACE = 4000  # beyond these the nearest operations are candidates, the farther ones must be kept
+MOST_NODES = 300_000
+
+
+class Network:
+    """The cut's structure, built once; prices change per `solve`.
+
+    Args:
+      survey: the step with its seconds and bytes.
+      repeatable: operation id -> seconds of one run, of all operations that may be run again.
+      hot: segments where memory may bind; needs that span none of them are kept for nothing.
+    """
+
+    def __init__(self, survey: Survey, repeatable: dict[int, float], hot: np.ndarray):
+        self.survey = survey
+        self.graph = survey.graph
+        self.repeatable = repeatable
+        self.hot = np.concatenate([[0], np.cumsum(hot.astype(np.int64))])
+        self.nodes: dict[tuple, int] = {}
+        self.op_nodes: dict[tuple[int, int], int] = {}
+        self.count = 2
+        self.arcs: list[tuple] = []  # tail, head, seconds, bytes held, first bin, last bin, bytes while there, bin there
+        self.queue: list[tuple] = []
+        self.per_place: dict[int, int] = {}
+        places = max(1, survey.bins)
+        self.most = max(400, min(MOST_NODES_A_PLACE, MOST_NODES // places))
+        self._hard_needs()
+        while self.queue:
+            self._expand(*heapq.heappop(self.queue)[1:])
+        self._seal()
+
+    def solve(self, prices: np.ndarray) -> dict[int, frozenset[int]]:
+        """Return segment -> operations to run again there, at these prices (seconds per byte, per segment)."""
+        if not len(self.tails):
+            return {}
+        total = np.concatenate([[0.0], np.cumsum(prices)])
+        cost = self.seconds + self.held * (total[self.last + 1] - total[self.first]) + self.there * prices[self.at]
+        capacity = np.where(np.isfinite(cost), np.minimum(np.nan_to_num(cost) / _UNIT, _LARGEST), 0).astype(np.int64)
+        capacity[~np.isfinite(self.seconds)] = _INFINITE
+        flow = max_flow.SimpleMaxFlow()
+        flow.add_arcs_with_capacity(self.tails, self.heads, capacity)
+        if flow.solve(SOURCE, SINK) != flow.OPTIMAL:
+            raise RuntimeError("the maximum flow of a memory plan was not solved; please report the step")
+        chosen: dict[int, set[int]] = {}
+        sink_side = set(flow.get_sink_side_min_cut())
+        for (op, place), node in self.op_nodes.items():
+            if node in sink_side:
+                chosen.setdefault(place, set()).add(op)
+        return {place: frozenset(ops) for place, ops in chosen.items()}
+
+    def _node(self) -> int:
+        self.count += 1
+        return self.count - 1
+
+    def _arc(self, tail, head, seconds=np.inf, held=0.0, first=0, last=-1, there=0.0, at=0) -> None:
+        self.arcs.append((tail, head, seconds, held, first, last, there, at))
+
+    def _seal(self) -> None:
+        table = np.array(self.arcs, dtype=np.float64).reshape(-1, 8)
+        self.tails, self.heads = table[:, 0].astype(np.int32), table[:, 1].astype(np.int32)
+        self.seconds, self.held, self.there = table[:, 2], table[:, 3], table[:, 6]
+        self.first, self.last, self.at = (table[:, k].astype(np.int64) for k in (4, 5, 7))
+        self.arcs = []
+
+    def _hard_needs(self) -> None:
+        needs = sorted(self.survey.needs(), key=lambda need: (need[0], self._when(*need)))
+        before: tuple[int, int] | None = None
+        for value, place in needs:
+            span = self.survey.span(value, place)
+            outside = self.graph.values[value].kind in (g.CONST_IN, g.XS_IN) and not self.survey.is_here(value, place)
+            if not outside and (span is None or self.hot[span[1] + 1] == self.hot[span[0]]):
+                continue
+            chained = before if before is not None and before[0] == value else None
+            node = self._available(value, place, chained)
+            if node is not None:
+                self._arc(node, SINK)
+                before = (value, place)
+
+    def _when(self, value: int, place: int) -> int:
+        return place if self.survey.is_here(value, place) else self.survey.region_of_bin[place].op.bin
+
+    def _available(self, value: int, place: int, chained: tuple[int, int] | None = None) -> int | None:
+        """Return the node of a value at a place (None where it is there anyway); queue it to be expanded."""
+        item = self.graph.values[value]
+        if self.survey.is_here(value, place) and (item.op is None or item.op.bin >= place):
+            return None
+        node = self.nodes.get((value, place))
+        if node is None:
+            node = self.nodes[value, place] = self._node()
+            order = -item.op.id if item.op is not None else 0
+            heapq.heappush(self.queue, (order, len(self.nodes), value, place, chained))
+        return node
+
+    def _expand(self, _: int, value: int, place: int, chained: tuple[int, int] | None) -> None:
+        item, node = self.graph.values[value], self.nodes[value, place]
+        if item.kind in (g.CONST_IN, g.XS_IN) and not self.survey.is_here(value, place):
+            self._outside(item, place, node)
+            return
+        first, last = self.survey.span(value, place) or (0, -1)
+        if chained is not None:
+            first = max(first, self._when(*chained) + 1)
+        held = self.survey.kept_bytes(value, place)
+        op_node = self._operation(item.op, place) if item.op is not None else None
+        if op_node is None:
+            self._arc(SOURCE, node, 0.0, held, first, last)
+            return
+        self._arc(op_node, node, 0.0, held, first, last)
+        if chained is not None and (item.op.id, chained[1]) in self.op_nodes:
+            self._arc(op_node, self.op_nodes[item.op.id, chained[1]])
+
+    def _outside(self, item: g.Value, place: int, node: int) -> None:
+        loop = self.survey.region_of_bin[place].op
+        outer = self.graph.regions[item.region].op.inputs[item.operand]
+        have = None if outer is None else self._available(outer, loop.bin)
+        if have is not None:
+            self._arc(have, node)
+
+    def _operation(self, op: g.Op, place: int) -> int | None:
+        """Return the node of running an operation again at a place, or None where it may not or need not be tried."""
+        if op.id not in self.repeatable:
+            return None
+        node = self.op_nodes.get((op.id, place))
+        if node is not None:
+            return node
+        if self.per_place.get(place, 0) >= self.most:
+            return None
+        self.per_place[place] = self.per_place.get(place, 0) + 1
+        node = self.op_nodes[op.id, place] = self._node()
+        region = self.survey.region_of_bin[place]
+        there = sum(self.survey.repeated_bytes[v] for v in op.outputs)
+        self._arc(SOURCE, node, self.repeatable[op.id] * region.trips, there=there, at=place)
+        for v in dict.fromkeys(op.inputs):
+            have = None if v is None else self._available(v, place)
+            if have is not None:
+                self._arc(have, node)
+        return node

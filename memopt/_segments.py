@@ -1,0 +1,75 @@
+"""The clock of the house: each region's order of operations cut into time segments.
+
+In: a `Graph`. Out: every operation's `bin` and every region's `bins`, numbered over all regions. A segment is the grain
+in which the planner prices memory and in which repeats are shared: uses of a value in one segment read one repeat, uses
+in different segments are decided apart. Boundaries lie where little that is short-lived crosses, between the layers of
+an unrolled model; a loop is a segment of its own. It prices nothing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from memopt import _cost
+from memopt import _graph as g
+
+MOST_SEGMENTS = 64  # a region, however long: more segments cost planning time and decide no better
+LEAST_OPERATIONS = 16  # a segment
+ONE_SEGMENT_BODY = 300  # a loop body of up to so many operations is one segment
+
+
+def assign(graph: g.Graph) -> int:
+    """Set `bin` on every operation and `bins` on every region; return the number of segments."""
+    count = 0
+    for region in graph.regions:
+        starts = _boundaries(graph, region)
+        edges = [*starts, len(region.ops)]
+        for k in range(len(starts)):
+            for op in region.ops[edges[k] : edges[k + 1]]:
+                op.bin = count + k
+        region.bins = range(count, count + max(1, len(starts)))
+        count += max(1, len(starts))
+    return count
+
+
+def _boundaries(graph: g.Graph, region: g.Region) -> list[int]:
+    total = len(region.ops)
+    loops = [i for i, op in enumerate(region.ops) if op.bodies]
+    cuts = {0} | {i for i in loops} | {i + 1 for i in loops if i + 1 < total}
+    small = region.parent is not None and total <= ONE_SEGMENT_BODY
+    if small or total < 2 * LEAST_OPERATIONS:
+        return sorted(cuts) if total else []
+    crossing = _crossing_bytes(graph, region)
+    step = max(LEAST_OPERATIONS, total // MOST_SEGMENTS)
+    edges = [*sorted(cuts), total]
+    for lo, hi in zip(edges, edges[1:], strict=False):
+        cuts.update(_necks(crossing, lo, hi, step))
+    return sorted(cuts)
+
+
+def _necks(crossing: np.ndarray, lo: int, hi: int, step: int) -> list[int]:
+    """Return boundaries between `lo` and `hi`, about `step` apart, each where the least crosses."""
+    found, at = [], lo
+    while hi - at > 2 * step:
+        window = crossing[at + step // 2 : at + 3 * step // 2 + 1]
+        at += step // 2 + int(np.argmin(window))
+        found.append(at)
+    return found
+
+
+def _crossing_bytes(graph: g.Graph, region: g.Region) -> np.ndarray:
+    """Return, for each position, the bytes of short-lived values that are made before it and read from it on."""
+    total = len(region.ops)
+    last: dict[int, int] = {}
+    for i, op in enumerate(region.ops):
+        for v in op.inputs:
+            if v is not None and graph.values[v].region == region.id and graph.values[v].op is not None:
+                last[v] = i
+    change = np.zeros(total + 2)
+    for v, end in last.items():
+        start = graph.values[v].op.index
+        if end - start <= total // 8:
+            size = _cost.aval_bytes(graph.values[v].aval)
+            change[start + 1] += size
+            change[end + 1] -= size
+    return np.cumsum(change)[: total + 1]

@@ -1,0 +1,132 @@
+"""The measuring room: seconds, bytes, spans and needs of every value and operation of a step.
+
+In: an inlined closed jaxpr, which arguments are donated, and a target. Out: a `Survey`, the one object that passes and
+the planner read: the graph, its time segments, one run's seconds of each operation on the target's device, the bytes of
+keeping a value, and which values are needed where. It decides nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from memopt import _compat as c
+from memopt import _cost, _fusion, _segments, _specs
+from memopt import _graph as g
+
+
+class Survey:
+    """A step, measured.
+
+    Args:
+      closed: inlined closed jaxpr.
+      target: the target (`memopt._target.Target`).
+
+    Attributes:
+      graph: the numbered graph.
+      bins: number of time segments over all regions.
+      region_of_bin: segment -> region.
+      seconds: operation id -> predicted seconds of one run.
+      repeated_bytes: value id -> bytes that a repeat of it holds while it lives, 0 where XLA fuses it away.
+    """
+
+    def __init__(self, closed: Any, target: Any):
+        self.target = target
+        self.spec = _specs.spec_for(target)
+        self.graph = g.Graph(closed)
+        self.bins = _segments.assign(self.graph)
+        self.region_of_bin = [r for r in self.graph.regions for _ in r.bins]
+        self.seconds = [_cost.eqn_seconds(op.eqn, self.spec) for op in self.graph.ops]
+        self._held_until = self._holds()
+        self.repeated_bytes = self._repeated_bytes()
+
+    def bytes_of(self, aval: Any) -> int:
+        """Return the bytes of one such array on the target, tile padding included."""
+        return _cost.padded_bytes(aval, self.target.platform)
+
+    def is_here(self, value: int, place: int) -> bool:
+        """Say whether a value's home is the region of this place."""
+        return self.graph.values[value].region == self.region_of_bin[place].id
+
+    def kept_bytes(self, value: int, place: int) -> int:
+        """Return the bytes of keeping a value for this place: its own, or its stack's over the loop that makes it."""
+        item = self.graph.values[value]
+        if self.is_here(value, place):
+            return self._one[value]
+        return self._stack_bytes(item.id)
+
+    def span(self, value: int, place: int) -> tuple[int, int] | None:
+        """Return the first and last segment in which keeping a value for this place costs memory (None: none does)."""
+        item = self.graph.values[value]
+        if self.is_here(value, place):
+            held = self._held_until.get(value, item.op.bin if item.op else place)
+            return None if held >= place else (held + 1, place)
+        maker = self.graph.regions[item.region].op
+        last = self.region_of_bin[place].op.bin
+        first = maker.bin
+        position = self.graph.out_position(maker, value)
+        if position is not None:
+            held = self._held_until.get(maker.outputs[position], -1)
+            first = max(first, held + 1)
+        return None if first > last else (first, last)
+
+    def needs(self) -> Iterator[tuple[int, int]]:
+        """Yield `(value, place)` for everything that an operation reads and that was made in an earlier segment."""
+        seen: set[tuple[int, int]] = set()
+        for region in self.graph.regions:
+            for op in region.ops:
+                for i, v in enumerate(op.inputs):
+                    if v is None or i in op.mapped or (v, op.bin) in seen:
+                        continue
+                    item = self.graph.values[v]
+                    if item.region != region.id or (item.op is not None and item.op.bin < op.bin):
+                        seen.add((v, op.bin))
+                        yield v, op.bin
+            for v in region.outs:
+                if v is not None and self.graph.values[v].region != region.id and (v, region.bins[-1]) not in seen:
+                    seen.add((v, region.bins[-1]))
+                    yield v, region.bins[-1]
+
+    def _holds(self) -> dict[int, int]:
+        """Return, for values of a region that something holds anyway, the last segment in which it does."""
+        never = np.iinfo(np.int64).max
+        held: dict[int, int] = {}
+        for region in self.graph.regions:
+            for v in region.outs:
+                if v is not None:
+                    held[v] = int(never)
+            for op in region.ops:
+                if op.bodies and op.feeds:  # its stacks may be read by others than the loops it feeds
+                    for v in op.outputs:
+                        held.setdefault(v, -1)
+        for region in self.graph.regions:
+            for op in region.ops:
+                for i, v in enumerate(op.inputs):
+                    if v in held and i not in op.mapped and self.graph.values[v].region == region.id:
+                        held[v] = max(held[v], op.bin)
+        return {v: b for v, b in held.items() if b >= 0}
+
+    @functools.cached_property
+    def _one(self) -> list[int]:
+        return [self.bytes_of(v.aval) for v in self.graph.values]
+
+    @functools.cache  # noqa: B019 (a survey lives as long as its ladder)
+    def _stack_bytes(self, value: int) -> int:
+        item = self.graph.values[value]
+        length = self.graph.regions[item.region].op.eqn.params["length"]
+        return self.bytes_of(c.stacked_aval(item.aval, length))
+
+    def _repeated_bytes(self) -> list[int]:
+        """Count a repeated value's bytes where its operation is one that XLA materialises, else nothing."""
+        out = list(self._one)
+        for op in self.graph.ops:
+            if op.eqn.primitive.name in _fusion.ELEMENTWISE or op.eqn.primitive.name in _FREE:
+                for v in op.outputs:
+                    out[v] = 0
+        return out
+
+
+_FREE = frozenset("broadcast_in_dim reshape squeeze expand_dims iota convert_element_type transpose slice rev".split())
