@@ -61,8 +61,9 @@ class Network:
             return {}
         total = np.concatenate([[0.0], np.cumsum(prices)])
         cost = self.seconds + self.held * (total[self.last + 1] - total[self.first]) + self.there * prices[self.at]
-        capacity = np.where(np.isfinite(cost), np.minimum(np.nan_to_num(cost) / _UNIT, _LARGEST), 0).astype(np.int64)
-        capacity[~np.isfinite(self.seconds)] = _INFINITE
+        forced = ~np.isfinite(self.seconds)
+        capacity = np.minimum(np.where(forced, 0.0, cost) / _UNIT, _LARGEST).astype(np.int64)
+        capacity[forced] = _INFINITE
         flow = max_flow.SimpleMaxFlow()
         flow.add_arcs_with_capacity(self.tails, self.heads, capacity)
         if flow.solve(SOURCE, SINK) != flow.OPTIMAL:

@@ -150,7 +150,7 @@ class _Run:
             reuse = min(made, dying) if op.name in IN_PLACE else 0
             live.append(now + made - reuse + self.peaks[index])
             for value in op.outs:
-                if value in self.kept and value not in skip and self.last[value] > index:
+                if value in self.kept and value not in skip and self.last.get(value, index) > index:
                     ends[self.last[value]] = ends.get(self.last[value], 0) + graph.bytes[value]
                 elif value in self.kept and value not in skip:
                     dying += graph.bytes[value]
