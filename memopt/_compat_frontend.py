@@ -10,7 +10,6 @@ from typing import Any
 import jax
 from jax._src import config as _config
 from jax._src import core as _core
-from jax._src.api_util import shaped_abstractify as _shaped_abstractify
 from jax._src.lax import lax as _lax
 from jax._src.sharding_impls import UnspecifiedValue as _UnspecifiedValue
 
@@ -60,11 +59,6 @@ def trace_context() -> Any:
 def is_top_level() -> bool:
     """Whether no transformation is running, so that a call computes values."""
     return _core.trace_state_clean()
-
-
-def abstract_value(leaf: Any) -> Any:
-    """Return the shape, dtype and weak type that `jax.jit` would trace `leaf` with."""
-    return _shaped_abstractify(leaf)
 
 
 def with_weak_type(value: Any, aval: Any) -> Any:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import SingleDeviceSharding
 
 from memopt import _compat_frontend as compat
-from memopt._target import Target, devices
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +111,10 @@ class Signature:
         shardings = tuple(None if isinstance(s, SingleDeviceSharding) else s for s in self.shardings)
         return self.tree, self.statics, self.context, tuple(self.avals), shardings
 
+    def without_leaves(self) -> "Signature":
+        """Return this signature with no hold on the arrays."""
+        return replace(self, leaves=[])
+
     @property
     def inside_transform(self) -> bool:
         """Whether the call happens under `vmap`, `grad`, `scan` or an outer `jit`."""
@@ -120,7 +123,7 @@ class Signature:
 
 def _abstract(leaf: Any) -> Any:
     try:
-        return compat.abstract_value(leaf)
+        return jax.typeof(leaf)
     except TypeError:  # no JAX type: the trace that follows says so in JAX's own words
         return type(leaf)
 
@@ -128,34 +131,3 @@ def _abstract(leaf: Any) -> Any:
 def _sharding(leaf: Any) -> Any:
     return None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
 
-
-def place(args: tuple, kwargs: dict, target: Target, in_shardings: Any = None) -> tuple[tuple, dict]:
-    """Turn arguments into shapes that compile for a target that is not attached.
-
-    Args:
-        args: positional arguments, static ones included as they are; arrays, scalars or `jax.ShapeDtypeStruct`s.
-        kwargs: named arguments.
-        target: the target; arguments without a sharding on its devices go to its first device, or, where others are
-            sharded over its mesh, to every device of that mesh.
-        in_shardings: those of the options; where given, they settle the devices and nothing is added.
-
-    Returns:
-        The arguments with every array leaf as a `jax.ShapeDtypeStruct`.
-    """
-    if target.attached:
-        return args, kwargs
-    found = frozenset(devices(target))
-    leaves = jax.tree_util.tree_leaves((args, kwargs))
-    meshes = [s.mesh for s in map(_sharding, leaves) if isinstance(s, NamedSharding) and s.device_set <= found]
-    default = NamedSharding(meshes[0], PartitionSpec()) if meshes else SingleDeviceSharding(devices(target)[0])
-    default = None if in_shardings is not None else default
-    return jax.tree_util.tree_map(lambda leaf: _placed(leaf, found, default), (args, kwargs))
-
-
-def _placed(leaf: Any, found: frozenset, default: Any) -> Any:
-    aval = _abstract(leaf)
-    if isinstance(aval, type):
-        return leaf
-    own = _sharding(leaf)
-    sharding = own if own is not None and own.device_set <= found else default
-    return jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type, sharding=sharding)

@@ -1,0 +1,181 @@
+"""Programs: one step for one signature, from its plain jaxpr to the functions that run each rung of its ladder.
+
+A traced step and the settings come in; jitted functions with the same pytrees and the same options go out, one a rung,
+made when asked for. Which rung runs is decided in `_verify.py`; nothing here compiles.
+"""
+
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+from jax.extend.core import jaxpr_as_fun
+
+from memopt import _compat_frontend as compat
+from memopt._budget import Budget
+from memopt._errors import BudgetError
+from memopt._scopes import MARKERS
+from memopt._signature import JitOptions, Signature, Statics
+from memopt._target import Target
+from memopt._timeline import simulate
+
+
+@dataclass(frozen=True, eq=False)
+class Settings:
+    """What `memopt.optimize` was told, read and checked."""
+
+    budget: Budget
+    target: Target
+    passes: Sequence[Any] | None = None
+    verify: bool = True
+    reserve_bytes: int = 0
+    plan: Any = None
+    overrides: Mapping[str, str] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the step is to stay as it is: an empty list of passes and no saved plan."""
+        return self.passes is not None and not self.passes and self.plan is None
+
+
+@dataclass(frozen=True, eq=False)
+class PlainRung:
+    """The step as it is."""
+
+    closed_jaxpr: Any
+    predicted_peak_bytes: int
+    recompute_flops: float = 0.0
+    seconds: float = 0.0
+    decisions: tuple = ()
+
+    def jaxpr(self) -> Any:
+        """Return the plain closed jaxpr."""
+        return self.closed_jaxpr
+
+
+class PlainLadder:
+    """A ladder with one rung: the step as it is. It serves `passes=[]`."""
+
+    def __init__(self, closed_jaxpr: Any, donated: Sequence[bool], target: Target):
+        timeline = simulate(closed_jaxpr, donated=donated, target=target)
+        self.rungs = [PlainRung(closed_jaxpr, timeline.peak_bytes)]
+
+    def choose(self, budget_bytes: int, measured: Mapping[int, int]) -> int:
+        """Return 0 where the step's peak, measured where known, fits.
+
+        Raises:
+            BudgetError: it does not.
+        """
+        peak_bytes = measured.get(0, self.rungs[0].predicted_peak_bytes)
+        if peak_bytes > budget_bytes:
+            raise BudgetError(budget_bytes, peak_bytes)
+        return 0
+
+
+def make_ladder(closed_jaxpr: Any, donated: Sequence[bool], settings: Settings) -> Any:
+    """Ask the planner for the ladder of a step, or for the one rung of a saved plan."""
+    if settings.is_plain:
+        return PlainLadder(closed_jaxpr, donated, settings.target)
+    try:
+        from memopt import _planner
+    except ImportError:  # TODO(frontend): goes when the planner is merged
+        return PlainLadder(closed_jaxpr, donated, settings.target)
+
+    common = {"donated": donated, "target": settings.target, "passes": settings.passes, "scopes": MARKERS}
+    if settings.plan is not None:
+        return _planner.ladder_of_plan(closed_jaxpr, settings.plan, **common)
+    return _planner.make_ladder(closed_jaxpr, overrides=settings.overrides, **common)
+
+
+@dataclass(eq=False)
+class Program:
+    """One step for one signature.
+
+    Args:
+        plain: the step, jitted as the user would have done it.
+        fn: the Python function in it.
+        options: the options of `jax.jit`.
+        settings: what was asked for.
+        signature: that of the latest call; holds no arrays.
+        traced: JAX's `Traced` of the plain step.
+    """
+
+    plain: Any
+    fn: Callable[..., Any]
+    options: JitOptions
+    settings: Settings
+    signature: Signature
+    traced: Any
+    budget_bytes: int | None = None
+    index: int | None = None
+    measured: dict[int, int] = field(default_factory=dict)
+    memory: Any = None
+    run: Any = None  # the jitted function that calls go to, once the plan is settled
+    _rungs: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def closed_jaxpr(self) -> Any:
+        """The plain closed jaxpr; outer tracers that the step closes over come first among its inputs."""
+        return self.traced.jaxpr
+
+    @functools.cached_property
+    def closed_over(self) -> tuple:
+        """Outer tracers that the step closes over."""
+        return compat.closed_over(self.traced)
+
+    @functools.cached_property
+    def donated(self) -> tuple[bool, ...]:
+        """A flag for each input of the jaxpr."""
+        leaves = jax.tree_util.tree_leaves(self.traced.args_info, is_leaf=lambda x: hasattr(x, "donated"))
+        return (False,) * len(self.closed_over) + tuple(leaf.donated for leaf in leaves)
+
+    @functools.cached_property
+    def ladder(self) -> Any:
+        """The plans of this step, made once."""
+        return make_ladder(self.closed_jaxpr, self.donated, self.settings)
+
+    @property
+    def rung(self) -> Any:
+        """The chosen rung."""
+        return self.ladder.rungs[self.index]
+
+    @property
+    def jaxpr(self) -> Any:
+        """The rewritten closed jaxpr; the plain one where nothing is planned."""
+        return self.closed_jaxpr if self.index is None else self.rung.jaxpr()
+
+    def evaluate(self, leaves: Sequence[Any], jaxpr: Any) -> Any:
+        """Run a rewritten jaxpr on the leaves of a call and rebuild the outputs."""
+        outputs = jaxpr_as_fun(jaxpr)(*self.closed_over, *leaves)
+        typed = map(compat.with_weak_type, outputs, self.closed_jaxpr.out_avals)
+        return jax.tree_util.tree_unflatten(self.traced.out_tree, typed)
+
+    def jitted(self, index: int | None) -> Any:
+        """Return the jitted function of a rung; the plain one where the rung changes nothing."""
+        if index is None:
+            return self.plain
+        if index not in self._rungs:
+            jaxpr = self.ladder.rungs[index].jaxpr()
+            self._rungs[index] = self.plain if jaxpr is self.closed_jaxpr else self._jit_rung(jaxpr)
+        return self._rungs[index]
+
+    def _jit_rung(self, jaxpr: Any) -> Any:
+        statics = Statics(self.plain)
+
+        @functools.wraps(self.fn, updated=())  # its signature resolves the options' names
+        def run(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs, _ = statics.split(args, kwargs)
+            return self.evaluate(jax.tree_util.tree_leaves((args, kwargs)), jaxpr)
+
+        return self.options.jit(run)
+
+    def describe(self) -> str:
+        """Return the step's name and its arguments in a few words: how many arrays, and the largest."""
+        avals = [aval for aval in self.signature.avals if hasattr(aval, "dtype")]
+        name = getattr(self.fn, "__name__", type(self.fn).__name__)
+        if not avals:
+            return f"{name}()"
+        largest = max(avals, key=operator.attrgetter("size"))
+        return f"{name}({len(avals)} arrays, the largest {largest.str_short(short_dtypes=True)})"

@@ -1,0 +1,204 @@
+"""Closing the loop: a plan is compiled, its real peak compared with the budget, and another one chosen where it is over.
+
+A program (one step, one signature) and the arguments of a call come in; the program goes out settled on a rung whose
+compiled peak fits, with one line in the log, or a `BudgetError` that says what would help. Plans are only chosen here,
+never made.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from memopt._budget import resolve_budget
+from memopt._cost import aval_bytes
+from memopt._errors import BudgetError, format_bytes
+from memopt._measure import Memory, compile_lowered, lower_for
+from memopt._program import Program
+from memopt._timeline import simulate
+
+logger = logging.getLogger("memopt")
+
+#: How often a plan is made again after a compiled peak over the budget.
+REPLANS = 3
+#: A smallest predicted peak up to this much over the budget is still compiled: predictions may be that far off.
+_PREDICTION_SLACK = 1.15
+_LISTED = 8
+
+
+def plan_program(program: Program, arguments: list[Any], *, verified: bool) -> None:
+    """Choose a rung for a program by prediction; one that is planned already is left alone.
+
+    Args:
+        program: what to plan.
+        arguments: the leaves of the call; they are live, but no other step's memory.
+        verified: whether the choice is compiled afterwards, so that a near miss may be tried.
+
+    Raises:
+        BudgetError: no rung is predicted to fit.
+    """
+    if program.index is not None or program.budget_bytes is not None:
+        return
+    settings = program.settings
+    program.budget_bytes = resolve_budget(
+        settings.budget,
+        target=settings.target,
+        reserve_bytes=settings.reserve_bytes,
+        baseline_peak_bytes=lambda: program.ladder.rungs[0].predicted_peak_bytes,
+        arguments=[*arguments, *getattr(program.closed_jaxpr, "consts", ())],
+    )
+    if program.budget_bytes is None:
+        if settings.plan is not None:
+            program.index = 0
+        return
+    try:
+        program.index = _first_choice(program, verified)
+    except BudgetError:
+        program.budget_bytes = None  # nothing is half-done: the next call plans again
+        raise
+
+
+def _first_choice(program: Program, verified: bool) -> int:
+    rungs, budget_bytes = program.ladder.rungs, program.budget_bytes
+    assert budget_bytes is not None
+    try:
+        return program.ladder.choose(budget_bytes, program.measured)
+    except BudgetError as error:
+        last = min(range(len(rungs)), key=lambda index: rungs[index].predicted_peak_bytes)
+        near = rungs[last].predicted_peak_bytes <= _PREDICTION_SLACK * budget_bytes
+        if verified and near and last not in program.measured:
+            return last
+        raise explain_failure(program, last, error.smallest_peak_bytes, error) from error
+
+
+def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stages.Compiled | None:
+    """Compile a planned program and plan again while its peak is over the budget, three times at most.
+
+    Args:
+        program: a planned program; `run`, `index`, `measured` and `memory` are set.
+        args, kwargs: the arguments of the call, or shapes.
+
+    Returns:
+        The compiled step.
+
+    Raises:
+        BudgetError: the compiled peak of each rung tried is over the budget.
+    """
+    reasons: list[str] = []
+    try:
+        for attempt in range(REPLANS + 1):
+            compiled, memory = compile_rung(program, args, kwargs)
+            if _fits(program, memory):
+                break
+            reasons.append(f"{format_bytes(memory.peak_bytes)} compiled was over")
+            program.index = _next_choice(program, attempt)
+    except BudgetError:
+        _forget(program)
+        raise
+    program.memory, program.run = memory, program.jitted(program.index)
+    log_plan(program, reasons)
+    return compiled
+
+
+def compile_rung(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Memory]:
+    """Compile the chosen rung and note its peak; the executable is the one that a later call runs."""
+    lowered = lower_for(program.settings.target, program.jitted(program.index), args, kwargs)
+    compiled, memory = compile_lowered(lowered, program.settings.target)
+    if program.index is not None and memory.peak_bytes is not None:
+        over = program.budget_bytes is not None and not memory.fits
+        least = program.budget_bytes + 1 if over and program.budget_bytes is not None else 0
+        program.measured[program.index] = max(memory.peak_bytes, least)
+    return compiled, memory
+
+
+def _fits(program: Program, memory: Memory) -> bool:
+    if program.budget_bytes is None:
+        return True
+    return memory.fits and memory.peak_bytes is not None and memory.peak_bytes <= program.budget_bytes
+
+
+def _next_choice(program: Program, attempt: int) -> int:
+    budget_bytes, best = program.budget_bytes, min(program.measured, key=lambda i: program.measured[i])
+    assert budget_bytes is not None
+    failure = BudgetError(budget_bytes, program.measured[best])
+    if attempt == REPLANS:
+        raise explain_failure(program, best, program.measured[best], failure)
+    try:
+        index = program.ladder.choose(budget_bytes, program.measured)
+    except BudgetError as error:
+        raise explain_failure(program, best, program.measured[best], error) from error
+    if index in program.measured:
+        raise explain_failure(program, best, program.measured[best], failure)
+    return index
+
+
+def _forget(program: Program) -> None:
+    """Undo the choice, so that a later call with more room plans again; the measured peaks stay known."""
+    program.index, program.budget_bytes, program.run = None, None, None
+
+
+def log_plan(program: Program, reasons: list[str]) -> None:
+    """Write the one line of a plan."""
+    rung, memory = program.rung, program.memory
+    parts = [
+        f"budget {format_bytes(program.budget_bytes)}",
+        f"plain predicted {format_bytes(program.ladder.rungs[0].predicted_peak_bytes)}",
+        f"plan predicted {format_bytes(rung.predicted_peak_bytes)}",
+    ]
+    if memory is not None:
+        parts.append(f"compiled {format_bytes(memory.peak_bytes)} in {memory.compile_seconds or 0:.1f} s")
+        if memory.xla_remat_ops:
+            parts.append(f"{memory.xla_remat_ops} operations repeated by XLA itself")
+    parts.append(f"{rung.recompute_flops:.3g} FLOPs repeated")
+    if reasons:
+        parts.append(f"planned again {len(reasons)} times: {', '.join(reasons)}")
+    logger.info("%s for %s: %s", program.describe(), program.settings.target, ", ".join(parts))
+
+
+def explain_failure(program: Program, index: int, smallest_peak_bytes: int, error: BudgetError) -> BudgetError:
+    """Return the error with what is alive at the smallest peak, and what would help, donation first."""
+    assert program.budget_bytes is not None
+    advice = [*donation_advice(program), *error.advice]
+    alive = error.alive or _alive(program, index)
+    return BudgetError(program.budget_bytes, smallest_peak_bytes, alive, advice)
+
+
+def _alive(program: Program, index: int) -> list[str]:
+    jaxpr = program.ladder.rungs[index].jaxpr()
+    timeline = simulate(jaxpr, donated=program.donated, target=program.settings.target)
+    found = [(live.bytes, f"{live.name} {live.source}".strip()) for live in timeline.alive()]
+    arguments = sum(map(aval_bytes, program.closed_jaxpr.in_avals))
+    ranked = sorted([(arguments, "arguments"), *found], key=lambda item: -item[0])
+    return [f"{format_bytes(size)} {text}" for size, text in ranked[:_LISTED] if size]
+
+
+def donation_advice(program: Program) -> list[str]:
+    """Say which arguments could be donated, and how many bytes each of them would free, largest first.
+
+    An argument helps by the leaves whose shape and dtype an output has that no donated leaf takes already.
+    """
+    avals, closed = program.closed_jaxpr.in_avals, len(program.closed_over)
+    free = Counter(map(_buffer, program.closed_jaxpr.out_avals))
+    free.subtract(_buffer(aval) for aval, donated in zip(avals, program.donated, strict=True) if donated)
+    paths = jax.tree_util.tree_leaves_with_path(program.traced.args_info, is_leaf=lambda x: hasattr(x, "donated"))
+    saved: Counter[str] = Counter()
+    for (path, info), aval in zip(paths, avals[closed:], strict=True):
+        if not info.donated and free[_buffer(aval)] > 0:
+            free[_buffer(aval)] -= 1
+            saved[_argument(path)] += aval_bytes(aval)
+    return [f"Donate {name}: {format_bytes(size)} less." for name, size in saved.most_common() if size]
+
+
+def _buffer(aval: Any) -> tuple:
+    return getattr(aval, "shape", None), str(getattr(aval, "dtype", None))
+
+
+def _argument(path: tuple) -> str:
+    """Name the argument that a leaf of `(args, kwargs)` belongs to."""
+    place, *rest = path
+    if not rest:
+        return "the arguments"
+    key = getattr(rest[0], "idx", getattr(rest[0], "key", rest[0]))
+    return f"argument {key} (donate_argnums={key})" if place.idx == 0 else f"argument {key!r} (donate_argnames={key!r})"
