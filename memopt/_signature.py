@@ -88,12 +88,13 @@ class Signature:
         """Read the signature of traced arguments."""
         leaves, tree = jax.tree_util.tree_flatten((args, kwargs))
         types = frozenset(map(type, leaves))
-        try:
+        arrays = {kind for kind in types if issubclass(kind, jax.Array) and not issubclass(kind, jax.core.Tracer)}
+        if len(arrays) == len(types):
             avals = [leaf.aval for leaf in leaves]
             shardings = [leaf.sharding for leaf in leaves]
-        except AttributeError:
-            avals = [_abstract(leaf) for leaf in leaves]
-            shardings = [_sharding(leaf) for leaf in leaves]
+        else:
+            avals = [leaf.aval if type(leaf) in arrays else _abstract(leaf) for leaf in leaves]
+            shardings = [leaf.sharding if type(leaf) in arrays else _sharding(leaf) for leaf in leaves]
         return cls(leaves, tree, statics, compat.trace_context(), types, avals, shardings)
 
     def same_program(self, other: "Signature") -> bool:
