@@ -27,12 +27,15 @@ _UNITS = {
     "gib": 2**30,
     "tib": 2**40,
 }
-_FORMS = "Write bytes (15_000_000_000), '14GiB', '500MB' (MiB is 2**20, MB is 10**6), '60%' of the plain step's peak, or None."
+_FORMS = (
+    "Write bytes (15_000_000_000), '14GiB', '500MB' (MiB is 2**20, MB is 10**6), "
+    "'60%' of the plain step's peak, or None for the device's limit."
+)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What was asked for: an amount of bytes, a fraction of the plain step's peak, or (both None) the device's limit."""
+    """What was asked for: bytes, a fraction of the plain step's peak, or (both None) the device's limit."""
 
     amount_bytes: int | None = None
     fraction: float | None = None

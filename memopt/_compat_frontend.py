@@ -1,4 +1,4 @@
-"""The JAX internals that the decorator stands on, in one place: reading a jitted function's options, and the trace context.
+"""The JAX internals that the decorator stands on: a jitted function's options, and the trace context.
 
 Jitted functions and tracing results come in, plain Python values go out. Nothing here plans, compiles or changes state,
 and no other module of the decorator imports `jax._src`.

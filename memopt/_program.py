@@ -14,12 +14,11 @@ import jax
 from jax.extend.core import jaxpr_as_fun
 
 from memopt import _compat_frontend as compat
+from memopt import _planner
 from memopt._budget import Budget
-from memopt._errors import BudgetError
 from memopt._scopes import MARKERS
 from memopt._signature import JitOptions, Signature, Statics
 from memopt._target import Target
-from memopt._timeline import simulate
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,59 +33,25 @@ class Settings:
     plan: Any = None
     overrides: Mapping[str, str] | None = None
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether the step is to stay as it is: an empty list of passes and no saved plan."""
-        return self.passes is not None and not self.passes and self.plan is None
-
-
-@dataclass(frozen=True, eq=False)
-class PlainRung:
-    """The step as it is."""
-
-    closed_jaxpr: Any
-    predicted_peak_bytes: int
-    recompute_flops: float = 0.0
-    seconds: float = 0.0
-    decisions: tuple = ()
-
-    def jaxpr(self) -> Any:
-        """Return the plain closed jaxpr."""
-        return self.closed_jaxpr
-
-
-class PlainLadder:
-    """A ladder with one rung: the step as it is. It serves `passes=[]`."""
-
-    def __init__(self, closed_jaxpr: Any, donated: Sequence[bool], target: Target):
-        timeline = simulate(closed_jaxpr, donated=donated, target=target)
-        self.rungs = [PlainRung(closed_jaxpr, timeline.peak_bytes)]
-
-    def choose(self, budget_bytes: int, measured: Mapping[int, int]) -> int:
-        """Return 0 where the step's peak, measured where known, fits.
-
-        Raises:
-            BudgetError: it does not.
-        """
-        peak_bytes = measured.get(0, self.rungs[0].predicted_peak_bytes)
-        if peak_bytes > budget_bytes:
-            raise BudgetError(budget_bytes, peak_bytes)
-        return 0
-
 
 def make_ladder(closed_jaxpr: Any, donated: Sequence[bool], settings: Settings) -> Any:
     """Ask the planner for the ladder of a step, or for the one rung of a saved plan."""
-    if settings.is_plain:
-        return PlainLadder(closed_jaxpr, donated, settings.target)
-    try:
-        from memopt import _planner
-    except ImportError:  # TODO(frontend): goes when the planner is merged
-        return PlainLadder(closed_jaxpr, donated, settings.target)
-
-    common = {"donated": donated, "target": settings.target, "passes": settings.passes, "scopes": MARKERS}
+    common = {"donated": donated, "target": settings.target, "scopes": MARKERS}
+    common["passes"] = default_passes() if settings.passes is None else settings.passes
     if settings.plan is not None:
         return _planner.ladder_of_plan(closed_jaxpr, settings.plan, **common)
     return _planner.make_ladder(closed_jaxpr, overrides=settings.overrides, **common)
+
+
+def default_passes() -> Sequence[Any]:
+    """Return `memopt.passes.default()`."""
+    from memopt import passes
+
+    if hasattr(passes, "default"):
+        return passes.default()
+    from memopt.passes.remat import Remat  # until the passes list their defaults
+
+    return [Remat()]
 
 
 @dataclass(eq=False)

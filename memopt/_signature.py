@@ -131,4 +131,3 @@ def _abstract(leaf: Any) -> Any:
 
 def _sharding(leaf: Any) -> Any:
     return None if isinstance(leaf, jax.core.Tracer) else getattr(leaf, "sharding", None)
-

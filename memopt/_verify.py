@@ -1,4 +1,4 @@
-"""Closing the loop: a plan is compiled, its real peak compared with the budget, and another one chosen where it is over.
+"""Closing the loop: a plan is compiled, its peak compared with the budget, and another one chosen where it is over.
 
 A program (one step, one signature) and the arguments of a call come in; the program goes out settled on a rung whose
 compiled peak fits, with one line in the log, or a `BudgetError` that says what would help. Plans are only chosen here,
@@ -56,21 +56,28 @@ def plan_program(program: Program, arguments: list[Any], *, verified: bool) -> N
     try:
         program.index = _first_choice(program, verified)
     except BudgetError:
-        program.budget_bytes = None  # nothing is half-done: the next call plans again
+        _forget(program)  # nothing is half-done: the next call plans again
         raise
 
 
 def _first_choice(program: Program, verified: bool) -> int:
-    rungs, budget_bytes = program.ladder.rungs, program.budget_bytes
-    assert budget_bytes is not None
-    try:
-        return program.ladder.choose(budget_bytes, program.measured)
-    except BudgetError as error:
-        last = min(range(len(rungs)), key=lambda index: rungs[index].predicted_peak_bytes)
-        near = rungs[last].predicted_peak_bytes <= _PREDICTION_SLACK * budget_bytes
-        if verified and near and last not in program.measured:
-            return last
-        raise explain_failure(program, last, error.smallest_peak_bytes, error) from error
+    assert program.budget_bytes is not None
+    index = program.ladder.choose(program.budget_bytes, program.measured)
+    if index is not None:
+        return index
+    smallest = _smallest(program, {})
+    peak_bytes = program.measured.get(smallest, program.ladder.rungs[smallest].predicted_peak_bytes)
+    if verified and smallest not in program.measured and peak_bytes <= _PREDICTION_SLACK * program.budget_bytes:
+        return smallest
+    raise budget_error(program, smallest, peak_bytes)
+
+
+def _smallest(program: Program, without: Mapping[int, int]) -> int | None:
+    """Return the rung with the smallest peak, measured where known, of those not in `without`; None if all are."""
+    rungs = program.ladder.rungs
+    left = [index for index in range(len(rungs)) if index not in without]
+    peaks = {index: program.measured.get(index, rungs[index].predicted_peak_bytes) for index in left}
+    return min(left, key=peaks.__getitem__, default=None)
 
 
 def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stages.Compiled | None:
@@ -120,17 +127,20 @@ def _fits(program: Program, memory: Memory) -> bool:
 
 
 def _next_choice(program: Program, attempt: int) -> int:
-    budget_bytes, best = program.budget_bytes, min(program.measured, key=lambda i: program.measured[i])
-    assert budget_bytes is not None
-    failure = BudgetError(budget_bytes, program.measured[best])
-    if attempt == REPLANS:
-        raise explain_failure(program, best, program.measured[best], failure)
-    try:
-        index = program.ladder.choose(budget_bytes, program.measured)
-    except BudgetError as error:
-        raise explain_failure(program, best, program.measured[best], error) from error
-    if index in program.measured:
-        raise explain_failure(program, best, program.measured[best], failure)
+    """Choose again after a miss, with every prediction raised by the largest factor that one was too low by.
+
+    Where nothing is expected to fit then, the smallest rung is still tried.
+    """
+    assert program.budget_bytes is not None
+    rungs, measured = program.ladder.rungs, program.measured
+    factor = max(peak_bytes / max(rungs[index].predicted_peak_bytes, 1) for index, peak_bytes in measured.items())
+    expected = {index: int(rung.predicted_peak_bytes * max(factor, 1.0)) for index, rung in enumerate(rungs)}
+    index = program.ladder.choose(program.budget_bytes, expected | measured)
+    if index is None:
+        index = _smallest(program, measured)
+    if attempt == REPLANS or index is None:
+        best = min(measured, key=measured.__getitem__)
+        raise budget_error(program, best, measured[best])
     return index
 
 
@@ -157,12 +167,10 @@ def log_plan(program: Program, reasons: list[str]) -> None:
     logger.info("%s for %s: %s", program.describe(), program.settings.target, ", ".join(parts))
 
 
-def explain_failure(program: Program, index: int, smallest_peak_bytes: int, error: BudgetError) -> BudgetError:
-    """Return the error with what is alive at the smallest peak, and what would help, donation first."""
+def budget_error(program: Program, index: int, smallest_peak_bytes: int) -> BudgetError:
+    """Return the error that no plan fits, with what is alive at the smallest peak, and what would help."""
     assert program.budget_bytes is not None
-    advice = [*donation_advice(program), *error.advice]
-    alive = error.alive or _alive(program, index)
-    return BudgetError(program.budget_bytes, smallest_peak_bytes, alive, advice)
+    return BudgetError(program.budget_bytes, smallest_peak_bytes, _alive(program, index), donation_advice(program))
 
 
 def _alive(program: Program, index: int) -> list[str]:
