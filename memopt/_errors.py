@@ -1,38 +1,12 @@
 """Errors that memopt raises on purpose: the vocabulary in which it says no.
 
 Figures and plain text come in, exceptions whose message is full sentences go out. This module imports nothing of
-memopt and nothing of JAX, so that every other module may import it.
+JAX, and of memopt only how sizes are written, so that every other module may import it.
 """
 
 from collections.abc import Sequence
 
-MIB = 2**20
-GIB = 2**30
-
-
-def format_bytes(size_bytes: int | None) -> str:
-    """Write a number of bytes the way every memopt table does.
-
-    Args:
-        size_bytes: bytes, or None for a figure that is not known.
-
-    Returns:
-        `"512 B"`, `"1.5 KiB"`, `"20.0 MiB"`, `"15.75 GiB"`; `"unknown"` for None.
-
-    Example:
-        >>> format_bytes(3 * 2**29)
-        '1.50 GiB'
-    """
-    if size_bytes is None:
-        return "unknown"
-    magnitude = abs(size_bytes)
-    if magnitude >= GIB:
-        return f"{size_bytes / GIB:.2f} GiB"
-    if magnitude >= MIB:
-        return f"{size_bytes / MIB:.1f} MiB"
-    if magnitude >= 1024:
-        return f"{size_bytes / 1024:.1f} KiB"
-    return f"{size_bytes} B"
+from memopt._bytes import format_bytes
 
 
 class TargetError(ValueError):

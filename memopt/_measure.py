@@ -17,7 +17,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from memopt._errors import TargetError, format_bytes
+from memopt._bytes import format_bytes
+from memopt._errors import TargetError
 from memopt._target import Target, devices
 from memopt._target import limit_bytes as target_limit_bytes
 
@@ -40,7 +41,8 @@ class Memory:
         fits: whether the peak is within the limit.
         xla_remat_ops: instructions that XLA's own rematerialization added.
         compile_seconds: wall-clock time of the compilation, lowering not included.
-        unused_donations: donated arguments (`"float32[8,128]"`) that no output could reuse.
+        unused_donations: donated arguments (`"float32[8,128]"`) that no output can reuse, as JAX warns. For a sharded
+            step XLA decides later: compare `alias_bytes` there.
         target: the target that was compiled for, as text.
     """
 
@@ -256,7 +258,7 @@ def captured_donations() -> Iterator[list[str]]:
     for entry in caught:
         text = str(entry.message)
         if text.startswith("Some donated buffers were not usable"):
-            unused += re.findall(r"ShapedArray\((\w+\[[^\]]*\])", text)
+            unused += re.findall(r"[a-z]\w*\[[^\]]*\]", text.splitlines()[0])
         else:
             warnings.warn_explicit(entry.message, entry.category, entry.filename, entry.lineno, source=entry.source)
 

@@ -18,7 +18,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from memopt._errors import GIB, TargetError
+from memopt._bytes import GIB
+from memopt._errors import TargetError
 
 
 @dataclass(frozen=True)
