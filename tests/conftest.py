@@ -1,7 +1,7 @@
-"""The strict room in which every test runs: what comes in is the environment, what goes out is JAX set up for the tests.
+"""The strict room in which every test runs: what comes in is the environment, what goes out is JAX set up for tests.
 
-Before JAX starts: CPU only, eight faked devices, a quiet libtpu that several processes may load at once. For each test:
-strict dtype promotion, and rank promotion raises. Markers: `slow` runs with `--slow` or `MEMOPT_SLOW=1` alone;
+Before JAX starts: CPU only, eight faked devices, a quiet libtpu that several processes may load at once. For each
+test: strict dtype promotion, and rank promotion raises. Markers: `slow` runs with `--slow` or `MEMOPT_SLOW=1` alone;
 `tpu_aot` skips with the reason where libtpu cannot be loaded; `loose_promotion` relaxes both promotions, for a test or
 (`pytestmark`) a module in which Flax or Optax themselves add a scalar array to a matrix or a float32 to a bfloat16.
 
@@ -108,9 +108,10 @@ def libtpu_problem() -> str | None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test that compiles for TPUs where libtpu cannot be loaded."""
+    """Skip a test that compiles for TPUs where libtpu cannot be loaded; with MEMOPT_REQUIRE_LIBTPU=1 (CI) it fails."""
     if item.get_closest_marker("tpu_aot") and (problem := libtpu_problem()):
-        pytest.skip(problem)
+        required = os.environ.get("MEMOPT_REQUIRE_LIBTPU", "0") not in ("", "0")
+        (pytest.fail if required else pytest.skip)(problem)
 
 
 @pytest.fixture(autouse=True)
