@@ -123,12 +123,12 @@ def write_csv(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def environment() -> str:
-    """Return one line that names what made a figure: versions, Python, machine, and the git commit where there is one."""
+def environment(commit: bool = True) -> str:
+    """Return one line that names what made a figure: versions, Python, machine, and the git commit if there is one."""
     parts = [f"{name} {version}" for name in _PACKAGES if (version := _version(name))]
     parts += [f"Python {platform.python_version()}", f"{platform.machine()} with {os.cpu_count()} cores"]
-    commit = _commit()
-    return ", ".join(parts + ([f"commit {commit}"] if commit else []))
+    found = _commit() if commit else None
+    return ", ".join(parts + ([f"commit {found}"] if found else []))
 
 
 def _version(name: str) -> str | None:
@@ -148,8 +148,9 @@ def _commit() -> str | None:
 
 
 @contextlib.contextmanager
-def figure(path: pathlib.Path, *, rows: int = 1, columns: int = 1, size: tuple[float, float] = (8.0, 4.6), **kwargs: Any
-           ) -> Iterator[tuple[Any, Any]]:
+def figure(
+    path: pathlib.Path, *, rows: int = 1, columns: int = 1, size: tuple[float, float] = (8.0, 4.6), **kwargs: Any
+) -> Iterator[tuple[Any, Any]]:
     """Yield a matplotlib figure and its axes in the common look, then write it as a PNG.
 
     Args:

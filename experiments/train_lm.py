@@ -6,7 +6,7 @@ differ. Each run is a process of its own, so that its peak resident memory is it
 
 The defaults suit two CPU cores; for a GPU or TPU name other sizes:
 
-    python experiments/train_lm.py --platform=tpu --batch=64 --length=1024 --layers=12 --width=768 --heads=12 --dtype=bfloat16
+    python experiments/train_lm.py --platform=tpu --batch=64 --length=1024 --layers=12 --width=768 --dtype=bfloat16
 """
 
 import dataclasses
@@ -72,6 +72,7 @@ def make_state(settings: Settings) -> Any:
     """Return the training state: parameters from the seed, AdamW's moments at zero."""
     import jax
     import jax.numpy as jnp
+
     from memopt.models import gpt2, states
 
     config = gpt2.GPT2Config(
@@ -102,6 +103,7 @@ def make_batch(settings: Settings, text: Any, step: int) -> dict[str, Any]:
 def make_step(role: str, budget_bytes: int | None) -> Any:
     """Return the training step of one run: the same function, jitted or optimized."""
     import jax
+
     import memopt
     from memopt.models import states
 
@@ -152,7 +154,8 @@ class Progress:
         self._label, self._steps, self._tokens, self._done = label, steps, tokens, 0
         self._seconds: list[float] = []
         self._console = _report.console()
-        columns = ("{task.description}", rich_progress.BarColumn(20), "step {task.completed}/{task.total}", "{task.fields[note]}")
+        texts = ("{task.description}", "step {task.completed}/{task.total}", "{task.fields[note]}")
+        columns = (texts[0], rich_progress.BarColumn(20), *texts[1:])
         live = self._console.is_terminal
         self._bar = rich_progress.Progress(*columns, console=self._console, disable=not live)
         self._task = self._bar.add_task(label, total=steps, note="compiling")
@@ -298,17 +301,24 @@ def draw(settings: Settings, budget_bytes: int) -> None:
     texts = [_file(settings, role, "timeline").read_text(encoding="utf-8") for role in ("plain", "memopt")]
     both = [memopt.Explanation.from_json(text) for text in texts]
     modules = both[0].top_modules()
-    with _report.figure(
-        pathlib.Path(settings.out_dir) / "train_lm.png", columns=2, size=(12, 4.8), sharey=True
-    ) as (drawing, axes):
+    with _report.figure(pathlib.Path(settings.out_dir) / "train_lm.png", columns=2, size=(12, 4.8), sharey=True) as (
+        drawing,
+        axes,
+    ):
         for axis, explanation, title in zip(axes, both, ("plain jax.jit", "memopt"), strict=True):
             explanation.plot(axis, modules=modules)
             axis.axhline(budget_bytes / _report.MIB, color="black", linestyle="--", linewidth=1)
             axis.set_title(f"{title}: predicted peak {_report.format_bytes(explanation.peak_bytes)}")
             axis.legend().remove() if axis.get_legend() else None
         axes[1].set_ylabel("")
-        axes[1].annotate("budget", (1, budget_bytes / _report.MIB), xycoords=("axes fraction", "data"), ha="right",
-                         xytext=(0, 3), textcoords="offset points")
+        axes[1].annotate(
+            "budget",
+            (1, budget_bytes / _report.MIB),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            xytext=(0, 3),
+            textcoords="offset points",
+        )
         handles, labels = axes[0].get_legend_handles_labels()
         drawing.legend(handles[::-1], labels[::-1], loc="outside right upper", title="module")
 

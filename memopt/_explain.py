@@ -27,7 +27,9 @@ from memopt._target import Target, limit_bytes
 #: Saved constants smaller than this are not worth a line.
 _CONSTANT_BYTES = 2**20
 _STORED_SAMPLES = 600
-_JIT_OPTIONS = ("donate_argnums", "donate_argnames", "static_argnums", "static_argnames", "in_shardings", "out_shardings")
+_JIT_OPTIONS = (
+    "donate_argnums", "donate_argnames", "static_argnums", "static_argnames", "in_shardings", "out_shardings"
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Explanation:
         """
         fields = json.loads(text)
         if not isinstance(fields, dict) or fields.pop("version", None) != 1:
-            raise ValueError("This JSON is no explanation of version 1: make it anew with memopt.explain(...).to_json().")
+            raise ValueError("This JSON is no explanation of version 1. Make it anew: memopt.explain(...).to_json().")
         fields["alive"] = tuple(Alive(**item | {"shape": tuple(item["shape"])}) for item in fields["alive"])
         fields["advice"] = tuple(Advice(**item) for item in fields["advice"])
         fields["timeline"] = tuple(Sample(**item) for item in fields["timeline"])
@@ -212,8 +214,8 @@ def explain_traced(traced: Any, target: Target, compiled: dict[str, Any] | None 
     timeline = _timeline.simulate(closed, donated=donated, target=target)
     walk = Walk(jaxpr, timeline)
     temporaries = _rooted(_alive_temporaries(walk))
-    alive = _alive_arguments(jaxpr, names, donated, target) + _alive_outputs(timeline) + _alive_constants(closed, target)
-    alive = sorted(alive + temporaries, key=lambda item: -item.bytes)
+    fixed = [*_alive_arguments(jaxpr, names, donated, target), *_alive_outputs(timeline), *_alive_constants(closed)]
+    alive = sorted([*fixed, *temporaries], key=lambda item: -item.bytes)
     free = _donatable(jaxpr, names, donated, target)
     roots = _roots(item.module for item in temporaries)
     return Explanation(
@@ -254,7 +256,7 @@ def _alive_outputs(timeline: Any) -> list[Alive]:
     return [Alive("", "outputs", "", (), "", size, "output", why, None)] if size else []
 
 
-def _alive_constants(closed: Any, target: Target) -> list[Alive]:
+def _alive_constants(closed: Any) -> list[Alive]:
     values = [v for v in c.jaxpr_consts(closed) if getattr(v, "nbytes", 0) >= _CONSTANT_BYTES]
     why = "closed over, so saved inside the program"
     return [_alive(jax.typeof(v), aval_bytes(jax.typeof(v)), "constant", why, "constant") for v in values]
@@ -276,9 +278,9 @@ def _alive_temporaries(walk: Walk) -> list[Alive]:
 def _alive_temporary(item: Any, walk: Walk, kept: set[Any]) -> Alive:
     module, operation, source = walk.describe(item)
     repeat = walk.repeat_flops(item, kept) if item.kind == "residual" else None
-    aval = item.aval
-    shape, dtype = tuple(aval.shape), str(aval.dtype)
-    return Alive(module, operation, source, shape, dtype, item.bytes, item.kind, f"read last by {walk.reader(item)}", repeat)
+    shape, dtype = tuple(item.aval.shape), str(item.aval.dtype)
+    why = f"read last by {walk.reader(item)}"
+    return Alive(module, operation, source, shape, dtype, item.bytes, item.kind, why, repeat)
 
 
 def _roots(paths: Iterable[str]) -> tuple[str, frozenset[str]]:
@@ -325,7 +327,10 @@ def _donatable(jaxpr: Any, names: Sequence[str], donated: Sequence[bool], target
             free[_form(var.aval)] -= 1
             found[_argument_of(name)].append(padded_bytes(var.aval, target.platform))
     return [
-        Advice(sum(sizes), f"Donate argument {name} ({_donation(name)}): {len(sizes)} of its {count[name]} leaves can hold an output.")
+        Advice(
+            sum(sizes),
+            f"Donate argument {_donation(name)}: {len(sizes)} of its {count[name]} leaves can hold an output.",
+        )
         for name, sizes in found.items()
     ]
 
@@ -340,7 +345,8 @@ def _argument_of(name: str) -> str:
 
 
 def _donation(argument: str) -> str:
-    return f"donate_argnums={argument}" if argument.isdigit() else f"donate_argnames={argument}"
+    option = "donate_argnums" if argument.isdigit() else "donate_argnames"
+    return f"{argument} ({option}={argument})"
 
 
 def _advice(alive: Sequence[Alive]) -> list[Advice]:
@@ -357,13 +363,16 @@ def _advice(alive: Sequence[Alive]) -> list[Advice]:
         found.append(Advice(sum(item.bytes for item in items), text))
     for item in alive:
         if item.kind == "constant":
-            text = f"Pass the constant {item.dtype}{list(item.shape)} as an argument: closed over, it is saved in the program."
-            found.append(Advice(item.bytes, text))
+            what = f"the constant {item.dtype}{list(item.shape)}"
+            found.append(Advice(item.bytes, f"Pass {what} as an argument: closed over, it is saved in the program."))
     transients = [item for item in alive if item.kind == "transient"]
     if transients:
         largest = max(transients, key=lambda item: item.bytes)
-        where = f" of {largest.module}" if largest.module else ""
-        line = f" ({short(largest.source)})" if largest.source else ""
-        text = f"Shrink the transient {largest.dtype}{list(largest.shape)}{where}{line}: smaller microbatches or a fused kernel."
-        found.append(Advice(largest.bytes, text))
+        parts = [
+            f"{largest.dtype}{list(largest.shape)}",
+            largest.module and f"of {largest.module}",
+            short(largest.source),
+        ]
+        what = " ".join(part for part in parts if part)
+        found.append(Advice(largest.bytes, f"Shrink the transient {what}: smaller microbatches or a fused kernel."))
     return found

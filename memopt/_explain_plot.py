@@ -1,7 +1,7 @@
 """The picture of a memory timeline: which module holds how much memory at which point of the step.
 
-In: sampled bytes per module path (from `memopt._explain`) and matplotlib axes. Out: a stacked area with the peak marked.
-It chooses colours and labels only; it knows nothing of jaxprs, and matplotlib is imported at the first picture.
+In: sampled bytes per module path (from `memopt._explain`) and matplotlib axes. Out: a stacked area, its peak marked. It
+chooses colours and labels only; it knows nothing of jaxprs, and matplotlib is imported at the first picture.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ def plot(
     where = np.linspace(0, 100, len(samples))
     fixed = np.full(len(samples), fixed_bytes / _MIB)
     heights = [fixed, *(layers[name] / _MIB for name in layers)]
-    colors = [FIXED_COLOR, *(OTHER_COLOR if name == OTHER else COLORS[i % len(COLORS)] for i, name in enumerate(layers))]
+    hues = (OTHER_COLOR if name == OTHER else COLORS[i % len(COLORS)] for i, name in enumerate(layers))
+    colors = [FIXED_COLOR, *hues]
     axes.stackplot(where, heights, labels=[FIXED, *layers], colors=colors, step="mid", linewidth=0)
     total = np.sum(heights, axis=0)
     _mark_peak(axes, where, total)
@@ -98,8 +99,9 @@ def plot(
     axes.set(xlabel="position in the step (%), loops unrolled", ylabel="predicted memory (MiB)")
     if legend:
         handles, labels = axes.get_legend_handles_labels()
-        axes.legend(handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0,
-                    frameon=False)
+        axes.legend(
+            handles[::-1], labels[::-1], loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False
+        )
 
 
 def _mark_peak(axes: Any, where: np.ndarray, total: np.ndarray) -> None:

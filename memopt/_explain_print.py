@@ -49,8 +49,9 @@ def _table(headings: Sequence[str], right: Sequence[int], title: str = "") -> An
 
     table = rich_table.Table(title=title or None, box=box.SIMPLE_HEAD, title_justify="left", pad_edge=True)
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index in right else "left", overflow="fold",
-                         min_width=_WIDE.get(heading))
+        table.add_column(
+            heading, justify="right" if index in right else "left", overflow="fold", min_width=_WIDE.get(heading)
+        )
     return table
 
 
@@ -100,8 +101,16 @@ def _row(group: Sequence[Alive]) -> list[str]:
         values, made_by = [f"{len(group)} leaves"], f"argument {_tree(group[0])}"
     others = f" (+{more} more)" if (more := len({item.why for item in group}) - 1) else ""
     size = format_bytes(sum(item.bytes for item in group))
-    return [size, group[0].kind, "\n".join(values), group[0].module, made_by, short(group[0].source),
-            group[0].why + others, _price(group)]
+    return [
+        size,
+        group[0].kind,
+        "\n".join(values),
+        group[0].module,
+        made_by,
+        short(group[0].source),
+        group[0].why + others,
+        _price(group),
+    ]
 
 
 def _price(group: Sequence[Alive]) -> str:
