@@ -1,6 +1,6 @@
-"""Bytes, FLOPs and seconds of jaxprs: what one value takes and what running one equation again costs.
+"""FLOPs and seconds of jaxprs: what running one equation again costs.
 
-Comes in: abstract values, equations and jaxprs (closed or open), and a `memopt._specs.DeviceSpec`. Goes out: plain
+Comes in: equations and jaxprs (closed or open), and a `memopt._specs.DeviceSpec`. Goes out: plain
 numbers. Nothing here changes a jaxpr, runs a computation or asks a device; the planner, the timeline and the plan's
 report all count with these functions, so that every side of a comparison is counted alike.
 
@@ -9,7 +9,6 @@ neighbours, so those pay their arithmetic and only `FUSED_TRAFFIC` of the traffi
 """
 
 import functools
-import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,108 +16,21 @@ from typing import Any
 
 from jax.extend import core
 
+from memopt._sizes import aval_bytes as aval_bytes
+from memopt._bytes import element_bits
+from memopt._sizes import padded_bytes as padded_bytes
 from memopt._specs import DeviceSpec
 
-FUSED_TRAFFIC = (
-    0.25  # Part of an element-wise result's write and read that fusion leaves: about one in four is a fusion root.
-)
-RANDOM_OPERATIONS = (
-    100.0  # Integer operations for one 32-bit word of Threefry 2x32: 20 rounds of 3 plus key schedule, x 2 / 2.
-)
-
-_ALIGNMENT_BYTES = 64  # XLA:CPU and XLA:GPU buffers start and end on these.
-_LANES, _SUBLANES = 128, 8
-_PACKED_BITS = {"int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}
-
-
-# Bytes
-
-
-def aval_bytes(aval: Any) -> int:
-    """Return the bytes of one value as a dense array, without the target's padding.
-
-    Args:
-        aval: abstract value of any shape and dtype. Booleans take a byte, 4-bit types half a byte, typed PRNG keys
-            their base array's bytes; tokens and references take none.
-
-    Returns:
-        Bytes, rounded up for types below a byte.
-
-    Example:
-        >>> import jax
-        >>> aval_bytes(jax.ShapeDtypeStruct((3, 5), "float32"))
-        60
-    """
-    bits = _element_bits(aval)
-    return (math.prod(aval.shape) * bits + 7) // 8 if bits else 0
-
-
-def padded_bytes(aval: Any, platform: str) -> int:
-    """Return the bytes that one value takes in the memory of a platform.
-
-    On TPU an array of two or more dimensions is stored in tiles over its two minor-most ones: the minor dimension is
-    padded to 128 lanes, the second to 8 rows, or to the next power of two if it is smaller (not below what packs into
-    32 bits: 1 row for float32, 2 for bfloat16, 4 for int8 and bool). XLA chooses which dimensions come last and takes
-    the pair with the least padding, so the order of the dimensions does not matter. One-dimensional arrays and scalars
-    are padded to the next power of two between 512 bytes' worth and 1,024 elements, then to multiples of 1,024
-    elements. Elsewhere a buffer is rounded up to 64 bytes.
-
-    Args:
-        aval: abstract value.
-        platform: "tpu", "cpu" or "gpu".
-
-    Returns:
-        Bytes, at least `aval_bytes`.
-
-    Example:
-        >>> import jax
-        >>> padded_bytes(jax.ShapeDtypeStruct((200, 3), "float32"), "tpu")
-        4096
-
-    Source: the rule that reproduces the argument sizes of compiled one-operation programs for TPU v5e exactly
-    (`tests/test_cost.py` holds them).
-
-    Limits: what a layout is chosen for can force another: an operand of a matmul or a kernel may be padded more.
-    """
-    bits = _element_bits(aval)
-    if not bits:
-        return 0
-    if platform == "tpu":
-        return _tiled_bytes(tuple(aval.shape), bits)
-    size = (math.prod(aval.shape) * bits + 7) // 8
-    return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-
-
-def _element_bits(aval: Any) -> int:
-    """Return the bits of one element as XLA stores it, 0 for what holds no array of its own."""
-    dtype = getattr(aval, "dtype", None)
-    return 0 if dtype is None or hasattr(aval, "inner_aval") else _dtype_bits(dtype)
-
-
-@functools.lru_cache(maxsize=256)
-def _dtype_bits(dtype: Any) -> int:
-    return _PACKED_BITS.get(dtype.name, 8 * dtype.itemsize)
-
-
-@functools.lru_cache(maxsize=65536)
-def _tiled_bytes(shape: tuple[int, ...], bits: int) -> int:
-    count, packing = math.prod(shape), max(1, 32 // bits)
-    if len(shape) < 2 or not count:
-        tile = min(1024, max(_LANES * packing, 1 << (count - 1).bit_length())) if count else 1
-        return -(-count // tile) * tile * bits // 8
-    padded = min(
-        count // (minor * second) * _round_up(minor, _LANES) * _round_up(second, _rows(second, packing))
-        for minor, second in itertools.permutations(shape, 2)
-    )
-    return padded * bits // 8
-
-
-def _rows(second: int, packing: int) -> int:
-    return max(packing, min(_SUBLANES, 1 << (second - 1).bit_length()))
-
-
-def _round_up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+# The part of an element-wise result's write and read that fusion leaves: about one such value in four ends a fusion.
+FUSED_TRAFFIC = 0.25
+# Integer operations for one 32-bit word of Threefry 2x32: twenty rounds of add, rotate and xor, and the key schedule.
+RANDOM_OPERATIONS = 100.0
+# Vector operations for one step of a loop that XLA:CPU does not vectorise (sorts, cumulative sums, gathers): 20 to 60.
+CPU_SCALAR_WEIGHT = 40.0
+# Vector operations for one element of a result that a loop stacks on the CPU, where writing a slice repeats in scalar
+# code what made it: 100 for attention, 400 and more for the residuals of a GELU. The smallest, as it is a price for
+# storing: too much of it would make repeating look cheaper than it is.
+CPU_STACK_WEIGHT = 100.0
 
 
 # FLOPs
@@ -310,9 +222,10 @@ def _elements(variables: Any) -> int:
 
 def _elementwise_seconds(eqn: core.JaxprEqn, spec: DeviceSpec, work: tuple[float, float]) -> float:
     aval = eqn.outvars[0].aval
-    operations = math.prod(getattr(aval, "shape", ())) * (work[0] + work[1] * spec.transcendental_weight)
-    moved = 2 * FUSED_TRAFFIC * aval_bytes(aval)
-    return operations / spec.vector_flops_per_second + moved / spec.memory_bytes_per_second
+    count = math.prod(getattr(aval, "shape", ()))
+    operations = work[0] + work[1] * spec.transcendental_weight
+    moved = FUSED_TRAFFIC * element_bits(aval) / 4  # Bytes of an element, written and read.
+    return count * (operations / spec.vector_flops_per_second + moved / spec.memory_bytes_per_second)
 
 
 def _matmul_seconds(eqn: core.JaxprEqn, spec: DeviceSpec) -> float:
@@ -333,7 +246,7 @@ def _ragged_seconds(eqn: core.JaxprEqn, spec: DeviceSpec) -> float:
 
 
 def _reduction_seconds(eqn: core.JaxprEqn, spec: DeviceSpec) -> float:
-    moved = FUSED_TRAFFIC * _read_bytes(eqn) + _written_bytes(eqn)
+    moved = _read_bytes(eqn) + _written_bytes(eqn)
     return _elements(eqn.invars) / spec.vector_flops_per_second + moved / spec.memory_bytes_per_second
 
 
@@ -348,6 +261,10 @@ def _moved_seconds(eqn: core.JaxprEqn, spec: DeviceSpec) -> float:
     return 2 * _written_bytes(eqn) / spec.memory_bytes_per_second
 
 
+def _gather_seconds(eqn: core.JaxprEqn, spec: DeviceSpec) -> float:
+    return _elements(eqn.outvars) * _scalar_weight(spec) / spec.vector_flops_per_second + _moved_seconds(eqn, spec)
+
+
 def _update_seconds(eqn: core.JaxprEqn, spec: DeviceSpec) -> float:
     """Price an update in place: read and write the update only (operand 1, after a scatter's indices operand 2)."""
     updates = eqn.invars[2 if eqn.primitive.name.startswith("scatter") else 1]
@@ -358,7 +275,13 @@ def _sorted_seconds(eqn: core.JaxprEqn, spec: DeviceSpec) -> float:
     shape = eqn.invars[0].aval.shape
     axis = eqn.params.get("dimension", eqn.params.get("axis", -1))
     steps = math.log2(max(2, shape[axis] if shape else 1)) ** (2 if eqn.primitive.name in ("sort", "top_k") else 1)
-    return _elements(eqn.invars) * steps / spec.vector_flops_per_second + _traffic_seconds(eqn, spec)
+    work = _elements(eqn.invars) * steps * _scalar_weight(spec)
+    return work / spec.vector_flops_per_second + _traffic_seconds(eqn, spec)
+
+
+def _scalar_weight(spec: DeviceSpec) -> float:
+    """Return how many vector operations one step of a loop that XLA does not vectorise takes: 1 but on the CPU."""
+    return CPU_SCALAR_WEIGHT if spec.platform == "cpu" else 1.0
 
 
 def _random_seconds(eqn: core.JaxprEqn, spec: DeviceSpec) -> float:
@@ -382,15 +305,18 @@ def _fourier_seconds(eqn: core.JaxprEqn, spec: DeviceSpec) -> float:
 def _scan_seconds(eqn: core.JaxprEqn, spec: DeviceSpec) -> float:
     """Price a loop as its body times its length, and one pass over each stacked operand and result."""
     body = _open(eqn.params["jaxpr"])
-    stacked = _stacked_bytes(eqn.invars, body.invars) + _stacked_bytes(eqn.outvars, body.outvars)
-    return eqn.params["length"] * _jaxpr_seconds(body, spec) + stacked / spec.memory_bytes_per_second
+    results = _stacked(eqn.outvars, body.outvars)
+    moved = sum(aval_bytes(v.aval) for v in _stacked(eqn.invars, body.invars) + results)
+    seconds = eqn.params["length"] * _jaxpr_seconds(body, spec) + moved / spec.memory_bytes_per_second
+    if spec.platform == "cpu":
+        seconds += _elements(results) * CPU_STACK_WEIGHT / spec.vector_flops_per_second
+    return seconds
 
 
-def _stacked_bytes(outer: Any, inner: Any) -> int:
+def _stacked(outer: Any, inner: Any) -> list[Any]:
+    """Return the outer variables that hold one slice for each trip."""
     pairs = zip(outer, inner, strict=False)
-    return sum(
-        aval_bytes(o.aval) for o, i in pairs if len(getattr(o.aval, "shape", ())) > len(getattr(i.aval, "shape", ()))
-    )
+    return [o for o, i in pairs if len(getattr(o.aval, "shape", ())) > len(getattr(i.aval, "shape", ()))]
 
 
 def _cond_seconds(eqn: core.JaxprEqn, spec: DeviceSpec) -> float:
@@ -419,8 +345,8 @@ def _names(text: str) -> list[str]:
 _ALL_REDUCE = ("psum", "pmax", "pmin", "pmean")
 
 _FREE = frozenset(
-    _names("""reshape broadcast_in_dim squeeze expand_dims stop_gradient optimization_barrier name copy_p pvary pbroadcast
-    sharding_constraint bitcast_convert_type iota create_token after_all axis_index get swap addupdate
+    _names("""reshape broadcast_in_dim squeeze expand_dims stop_gradient optimization_barrier name copy_p pvary
+    pbroadcast sharding_constraint bitcast_convert_type iota create_token after_all axis_index get swap addupdate
     program_id num_programs random_wrap random_unwrap empty empty2 layout_constraint dce_sink
     debug_callback mesh_cast reshard split unstack slice""")
 )
@@ -428,8 +354,8 @@ _FREE = frozenset(
 # Vector operations and transcendental calls of one element. TPUs and CPUs divide by a reciprocal and Newton steps.
 _ELEMENTWISE: dict[str, tuple[float, float]] = {
     **dict.fromkeys(
-        _names("""abs add add_any and ceil clamp clz complex conj convert_element_type copy eq eq_to floor ge gt imag is_finite
-        le le_to lt lt_to max min mul mulhi ne neg nextafter not one_minus_square or pad population_count real
+        _names("""abs add add_any and ceil clamp clz complex conj convert_element_type copy eq eq_to floor ge gt imag
+        is_finite le le_to lt lt_to max min mul mulhi ne neg nextafter not one_minus_square or pad population_count real
         reduce_precision round select_n shift_left shift_right_arithmetic shift_right_logical sign square sub
         xor"""),
         (1.0, 0.0),
@@ -437,7 +363,7 @@ _ELEMENTWISE: dict[str, tuple[float, float]] = {
     **dict.fromkeys(["integer_pow", "div", "sqrt", "rsqrt", "rem"], (4.0, 0.0)),
     **dict.fromkeys(_names("exp exp2 expm1 log log1p log2 tanh logistic cbrt erf"), (0.0, 1.0)),
     **dict.fromkeys(
-        _names("sin cos tan sinh cosh asin acos atan asinh acosh atanh atan2 erfc erf_inv pow"), (0.0, 2.0)
+        _names("sin cos tan sinh cosh asin acos atan asinh acosh atanh atan2 erfc erf_inv pow"), (0.0, 5.0)
     ),
     **dict.fromkeys(_names("lgamma digamma bessel_i0e bessel_i1e igamma igammac polygamma zeta"), (0.0, 10.0)),
 }
@@ -450,6 +376,7 @@ _RULES: dict[str, Callable[[core.JaxprEqn, DeviceSpec], float]] = {
     "cond": _cond_seconds,
     "pallas_call": _pallas_seconds,
     "fft": _fourier_seconds,
+    "gather": _gather_seconds,
     **dict.fromkeys(
         _names("""reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor reduce argmax
         argmin"""),
@@ -462,7 +389,7 @@ _RULES: dict[str, Callable[[core.JaxprEqn, DeviceSpec], float]] = {
         ),
         _window_seconds,
     ),
-    **dict.fromkeys(_names("dynamic_slice gather concatenate transpose rev tile stack"), _moved_seconds),
+    **dict.fromkeys(_names("dynamic_slice concatenate transpose rev tile stack"), _moved_seconds),
     **dict.fromkeys(
         _names("dynamic_update_slice scatter scatter-add scatter-mul scatter-min scatter-max"), _update_seconds
     ),

@@ -35,12 +35,16 @@ class Network:
       survey: the step with its seconds and bytes.
       repeatable: operation id -> seconds of one run, of all operations that may be run again.
       hot: segments where memory may bind; needs that span none of them are kept for nothing.
+      always: operations whose results are never kept for a later place.
     """
 
-    def __init__(self, survey: Survey, repeatable: dict[int, float], hot: np.ndarray):
+    def __init__(
+        self, survey: Survey, repeatable: dict[int, float], hot: np.ndarray, always: frozenset[int] = frozenset()
+    ):
         self.survey = survey
         self.graph = survey.graph
         self.repeatable = repeatable
+        self.always = always
         self.hot = np.concatenate([[0], np.cumsum(hot.astype(np.int64))])
         self.nodes: dict[tuple, int] = {}
         self.op_nodes: dict[tuple[int, int], int] = {}
@@ -95,7 +99,9 @@ class Network:
         for value, place in needs:
             span = self.survey.span(value, place)
             outside = self.graph.values[value].kind in (g.CONST_IN, g.XS_IN) and not self.survey.is_here(value, place)
-            if not outside and (span is None or self.hot[span[1] + 1] == self.hot[span[0]]):
+            maker = self.graph.values[value].op
+            forced = maker is not None and maker.id in self.always
+            if not outside and not forced and (span is None or self.hot[span[1] + 1] == self.hot[span[0]]):
                 continue
             chained = before if before is not None and before[0] == value else None
             node = self._available(value, place, chained)
@@ -131,7 +137,7 @@ class Network:
         if op_node is None:
             self._arc(SOURCE, node, 0.0, held, first, last)
             return
-        self._arc(op_node, node, 0.0, held, first, last)
+        self._arc(op_node, node, np.inf if item.op.id in self.always else 0.0, held, first, last)
         if chained is not None and (item.op.id, chained[1]) in self.op_nodes:
             self._arc(op_node, self.op_nodes[item.op.id, chained[1]])
 

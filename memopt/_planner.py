@@ -12,45 +12,64 @@ scored on the whole timeline (`_timeline`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from memopt import _apply, _cost, _inline, _timeline
+from memopt import _apply, _cost, _inline, _specs, _timeline
 from memopt import _compat as c
 from memopt._contract import Left, Repeat
+from memopt._decisions import Names, decisions, settle
 from memopt._network import Network
+from memopt._plan import Decision, Plan, fingerprint
 from memopt._survey import Survey
 
 
 @dataclasses.dataclass(eq=False)
 class Rung:
-    """One complete plan: the rewritten step and its predicted figures."""
+    """One complete plan: the rewritten step and its predicted figures.
+
+    Attributes:
+      closed: the rewritten closed jaxpr, with the step's own inputs and outputs.
+      predicted_peak_bytes: predicted peak per device.
+      seconds: predicted time that the plan adds to the step as written.
+      recompute_flops: matmul and convolution FLOPs that it adds.
+      repeats: time segment -> operations run again there.
+      price: the price of memory, in seconds per byte, at which the cut chose it; None for the step as written.
+    """
 
     closed: Any
     predicted_peak_bytes: int
     seconds: float
     recompute_flops: float
     repeats: dict[int, frozenset[int]]
-    timeline: Any = None
+    timeline: Any
+    price: float | None = None
+    bins: dict[Any, int] = dataclasses.field(default_factory=dict, repr=False)
 
     def jaxpr(self) -> Any:
-        """Return the rewritten closed jaxpr, with the step's own inputs and outputs."""
+        """Return the rewritten closed jaxpr."""
         return self.closed
 
 
 class Ladder:
-    """All plans of a step, largest peak first; `rungs[0]` is the step as written."""
+    """All plans of a step, largest peak first; `rungs[0]` is the step as written.
 
-    def __init__(self, rungs: Sequence[Rung], survey: Survey | None, left: Sequence[Left], planning_seconds: float):
+    Args:
+      rungs: the plans.
+      step: what was planned, None where nothing was.
+      planning_seconds: how long it took.
+    """
+
+    def __init__(self, rungs: Sequence[Rung], step: _Step, planning_seconds: float):
         self.rungs = list(rungs)
-        self.survey = survey
-        self.left = list(left)
+        self.step = step
         self.planning_seconds = planning_seconds
 
-    def choose(self, budget_bytes: int | None, measured: dict[int, int] | None = None) -> int | None:
+    def choose(self, budget_bytes: int | None, measured: Mapping[int, int] | None = None) -> int | None:
         """Return the cheapest rung whose peak, measured where known, is within the budget; None where none is."""
         measured = measured or {}
         for i, rung in enumerate(self.rungs):
@@ -58,9 +77,79 @@ class Ladder:
                 return i
         return None
 
+    def plan(self, index: int | None, budget_bytes: int | None = None) -> Plan:
+        """Return the readable plan of a rung."""
+        rung = self.rungs[index or 0]
+        step = self.step
+        rows = step.decisions(rung.repeats)
+        return Plan(
+            baseline_peak_bytes=self.rungs[0].predicted_peak_bytes,
+            predicted_peak_bytes=rung.predicted_peak_bytes,
+            budget_bytes=budget_bytes,
+            baseline_flops=step.baseline_flops,
+            recompute_flops=rung.recompute_flops,
+            predicted_overhead=rung.seconds / max(step.baseline_seconds, 1e-12),
+            optimality_gap=self._gap(rung, budget_bytes) / max(step.baseline_seconds, 1e-12),
+            planning_seconds=self.planning_seconds,
+            decisions=tuple(rows),
+            notes=tuple(dict.fromkeys(f"{x.what} was left as it was: {x.why}." for x in step.left)),
+            target=str(step.target),
+            fingerprint=step.fingerprint,
+            repeats={place: tuple(sorted(ops)) for place, ops in sorted(rung.repeats.items())},
+        )
+
+    def _gap(self, rung: Rung, budget_bytes: int | None) -> float:
+        """Return the seconds between a rung and the dual bound at the budget (its own peak where there is none)."""
+        budget = rung.predicted_peak_bytes if budget_bytes is None else budget_bytes
+        bounds = [r.seconds + r.price * (r.predicted_peak_bytes - budget) for r in self.rungs if r.price is not None]
+        floor = min(r.seconds for r in self.rungs)
+        return max(0.0, rung.seconds - max([floor, *bounds]))
+
+
+class _Step:
+    """A step as the planner sees it: surveyed, with what the passes proposed."""
+
+    def __init__(self, closed: Any, target: Any, passes: Sequence[Any], overrides: Mapping[str, str] | None):
+        self.closed, self.target, self.passes = closed, target, passes
+        self.baseline_flops = _cost.matmul_flops(closed)
+        self.baseline_seconds = _cost.jaxpr_seconds(closed, _specs.spec_for(target))
+        self.left: list[Left] = []
+        self.survey: Survey | None = None
+        self.repeatable: dict[int, float] = {}
+        self.always: set[int] = set()
+        if passes:
+            self._survey(overrides)
+
+    def _survey(self, overrides: Mapping[str, str] | None) -> None:
+        respect = any(getattr(p, "respect_checkpoint", False) for p in self.passes)
+        flat = _inline.inline(self.closed, respect_checkpoint=respect)
+        flat = c.close(c.dce(flat)[0], c.jaxpr_consts(flat))
+        self.survey = Survey(flat, self.target)
+        self.names = Names(self.survey)
+        proposals = [x for p in self.passes for x in p.propose(self.survey)]
+        never, self.always = settle(self.survey, self.names, overrides)
+        self.repeatable = {x.op: x.seconds for x in proposals if isinstance(x, Repeat) and x.op not in never}
+        self.always &= set(self.repeatable)
+        self.left = [x for x in proposals if isinstance(x, Left)]
+
+    def decisions(self, repeats: Mapping[int, frozenset[int]]) -> list[Decision]:
+        """Return the rows of a plan."""
+        return [] if self.survey is None else decisions(self.survey, self.names, repeats, self.repeatable)
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What a saved plan of this step is good for."""
+        return fingerprint(self.closed, self.target, self.passes)
+
 
 def make_ladder(
-    closed: Any, *, donated: Sequence[bool], target: Any, passes: Sequence[Any], overrides: Any = None, scopes: Any = None
+    closed: Any,
+    *,
+    donated: Sequence[bool],
+    target: Any,
+    passes: Sequence[Any],
+    overrides: Mapping[str, str] | None = None,
+    scopes: Any = None,
 ) -> Ladder:
     """Plan a step.
 
@@ -68,27 +157,40 @@ def make_ladder(
       closed: closed jaxpr of the step.
       donated: per input, whether it is donated.
       target: the target.
-      passes: the passes that may propose.
+      passes: the passes that may propose; without any the ladder holds the step as written alone.
       overrides: decision name -> `"keep"` or `"recompute"`.
-      scopes: marks set by name scope.
+      scopes: unused; marks are read from name stacks.
 
     Returns:
-      The ladder; its first rung is the step as written.
+      The ladder.
+
+    Raises:
+      ValueError: an override names nothing or asks for something unknown.
     """
     start = time.perf_counter()
+    step = _Step(closed, target, passes, overrides)
     plain = _plain_rung(closed, donated, target)
-    if not passes:
-        return Ladder([plain], None, [], time.perf_counter() - start)
-    respect = any(getattr(p, "respect_checkpoint", False) for p in passes)
-    flat = _inline.inline(closed, respect_checkpoint=respect)
-    flat = c.close(c.dce(flat)[0], c.jaxpr_consts(flat))
-    survey = Survey(flat, target)
-    proposals = [x for p in passes for x in p.propose(survey)]
-    repeatable = {x.op: x.seconds for x in proposals if isinstance(x, Repeat)}
-    left = [x for x in proposals if isinstance(x, Left)]
-    search = _Search(survey, repeatable, donated, plain)
-    rungs = search.run()
-    return Ladder(rungs, survey, left, time.perf_counter() - start)
+    rungs = [plain] if step.survey is None else _Search(step, donated, plain).run()
+    return Ladder(rungs, step, time.perf_counter() - start)
+
+
+def ladder_of_plan(
+    closed: Any, plan: Plan, *, donated: Sequence[bool], target: Any, passes: Sequence[Any], scopes: Any = None
+) -> Ladder:
+    """Return the ladder of one saved plan, applied without planning.
+
+    Raises:
+      ValueError: the plan was made for another step, target, JAX version or set of passes.
+    """
+    start = time.perf_counter()
+    plan.check_fingerprint(fingerprint(closed, target, passes))
+    step = _Step(closed, target, passes, None)
+    plain = _plain_rung(closed, donated, target)
+    if step.survey is None:
+        return Ladder([plain], step, time.perf_counter() - start)
+    search = _Search(step, donated, plain)
+    rung = search.score({place: frozenset(ops) for place, ops in plan.repeats.items()})
+    return Ladder([rung], step, time.perf_counter() - start)
 
 
 def _plain_rung(closed: Any, donated: Sequence[bool], target: Any) -> Rung:
@@ -99,36 +201,39 @@ def _plain_rung(closed: Any, donated: Sequence[bool], target: Any) -> Rung:
 class _Search:
     """The sweep of prices and what it finds."""
 
-    def __init__(self, survey: Survey, repeatable: dict[int, float], donated: Sequence[bool], plain: Rung):
-        self.survey = survey
-        self.repeatable = repeatable
+    def __init__(self, step: _Step, donated: Sequence[bool], plain: Rung):
+        self.step = step
+        self.survey = step.survey
+        self.repeatable = step.repeatable
         self.donated = donated
         self.plain = plain
-        self.plain_flops = _cost.matmul_flops(plain.closed)
-        self.cache: dict = {}
         self.seen: dict[Any, Rung] = {}
+        self.undone_seconds = 0.0
+        kept = self.score({})
+        spec = self.survey.spec
+        self.undone_seconds = step.baseline_seconds - _cost.jaxpr_seconds(kept.closed, spec)
+        kept.seconds -= self.undone_seconds
 
     def run(self) -> list[Rung]:
-        kept = self.score({})
-        usage = self.usage(kept)
+        usage = self.usage(self.score({}))
         hot = usage > 0.25 * usage.max(initial=0)
-        self.network = Network(self.survey, self.repeatable, hot)
+        self.network = Network(self.survey, self.repeatable, hot, self.step.always)
         self.sweep(hot.astype(float))
         return _hull([self.plain, *self.seen.values()])
 
     def sweep(self, weights: np.ndarray) -> None:
         for price in np.geomspace(1e-16, 1e-7, 28):
-            self.score(self.network.solve(price * weights))
+            self.score(self.network.solve(price * weights), price)
 
-    def score(self, repeats: dict[int, frozenset[int]]) -> Rung:
+    def score(self, repeats: dict[int, frozenset[int]], price: float | None = None) -> Rung:
         """Build and simulate a plan, once."""
         key = frozenset(repeats.items())
         if key not in self.seen:
             closed, bins = _apply.apply(self.survey.graph, repeats)
             timeline = _timeline.simulate(closed, donated=self.donated, target=self.survey.target)
-            flops = _cost.matmul_flops(closed) - self.plain_flops
-            self.seen[key] = Rung(closed, timeline.peak_bytes, self._seconds(repeats), flops, repeats, timeline)
-            self.seen[key].bins = bins
+            flops = _cost.matmul_flops(closed) - self.step.baseline_flops
+            seconds = self._seconds(repeats) - self.undone_seconds
+            self.seen[key] = Rung(closed, timeline.peak_bytes, seconds, flops, repeats, timeline, price, bins)
         return self.seen[key]
 
     def _seconds(self, repeats: dict[int, frozenset[int]]) -> float:

@@ -1,1 +1,16 @@
-"""The passes: one technique, one file."""
+"""The passes: one technique, one file. This list of the defaults is the only place that names concrete passes."""
+
+from memopt.passes.remat import Remat as Remat
+
+__all__ = ["Remat", "default"]
+
+
+def default() -> list:
+    """Return a new list of the passes that `memopt.optimize` uses when none are named: exact ones only.
+
+    Example:
+      >>> import memopt
+      >>> memopt.passes.default()
+      [Remat(respect_checkpoint=False)]
+    """
+    return [Remat()]

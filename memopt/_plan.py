@@ -1,0 +1,169 @@
+"""The plan: what the planner decided for one step, one target and one budget, as a person and a file can read it.
+
+In: figures and decisions from the planner. Out: a frozen `Plan` that prints as a table and goes to JSON and back. It
+holds a fingerprint of the step that it was made for, so that it is never applied to another. Nothing here plans.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from memopt._errors import format_bytes
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What was decided for one value.
+
+    Attributes:
+      name: a name for `overrides=`, unique in the step: module path, primitive and a number.
+      module: module path, as set by Flax or `jax.named_scope`.
+      source: `file:line (function)` of the user's code.
+      value_bytes: bytes of keeping it; in a loop, of its stack.
+      choice: `"keep"` or `"recompute"`.
+      reason: one sentence.
+    """
+
+    name: str
+    module: str
+    source: str
+    value_bytes: int
+    choice: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A memory plan of a training step.
+
+    Attributes:
+      baseline_peak_bytes: predicted peak of the step as written, in bytes per device.
+      predicted_peak_bytes: predicted peak of the planned step.
+      budget_bytes: the budget, None where there was none.
+      baseline_flops: matmul and convolution FLOPs of the step as written.
+      recompute_flops: such FLOPs that the plan adds.
+      predicted_overhead: predicted added time as a fraction of the step's (0.05 is 5 %).
+      optimality_gap: how much less time a plan within this budget could take at best, as a fraction of the step's, by
+        the dual bound of the modelled problem.
+      planning_seconds: time of planning, tracing and XLA not counted.
+      decisions: a row for each value that is read again later, largest first.
+      notes: a sentence for everything that was left as it was.
+      target: the target's text.
+      fingerprint: what the plan was made for: step, JAX version, target, passes.
+      repeats: the plan itself: time segment -> numbers of the operations that are run again there.
+      variant: how loops were divided before planning.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, memopt
+      >>> @memopt.optimize(budget="60%", target="cpu")
+      ... def step(w, x):
+      ...     return jax.grad(lambda w: jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w)))(w)
+      >>> plan = step.plan(jnp.ones((64, 64)), jnp.ones((4096, 64)))
+      >>> plan.predicted_peak_bytes <= plan.budget_bytes
+      True
+    """
+
+    baseline_peak_bytes: int
+    predicted_peak_bytes: int
+    budget_bytes: int | None
+    baseline_flops: float
+    recompute_flops: float
+    predicted_overhead: float
+    optimality_gap: float
+    planning_seconds: float
+    decisions: tuple[Decision, ...]
+    notes: tuple[str, ...]
+    target: str
+    fingerprint: Mapping[str, str]
+    repeats: Mapping[int, tuple[int, ...]]
+    variant: tuple[int, ...] = ()
+
+    def to_json(self) -> str:
+        """Return the plan as a JSON string, for `Plan.from_json`."""
+        data = dataclasses.asdict(self)
+        data["repeats"] = {str(k): list(v) for k, v in self.repeats.items()}
+        return json.dumps({"memopt_plan": FORMAT, **data}, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Read a plan that `to_json` wrote.
+
+        Raises:
+          ValueError: the text is not a plan, or one of another format.
+        """
+        try:
+            data = json.loads(text)
+            found = data.pop("memopt_plan")
+            if found != FORMAT:
+                raise ValueError(f"This saved plan has format {found}, and this memopt reads {FORMAT}: plan again.")
+            data["decisions"] = tuple(Decision(**d) for d in data["decisions"])
+            data["repeats"] = {int(k): tuple(v) for k, v in data["repeats"].items()}
+            data["notes"], data["variant"] = tuple(data["notes"]), tuple(data["variant"])
+            return Plan(**data)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"This is no saved memopt plan ({error}): save one with Plan.to_json().") from error
+
+    def check_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
+        """Make sure that the plan was made for this step.
+
+        Raises:
+          ValueError: it was not; the message names the first field that differs.
+        """
+        for field, value in fingerprint.items():
+            if self.fingerprint.get(field) != value:
+                was = self.fingerprint.get(field)
+                raise ValueError(
+                    f"The saved plan is for another step: its {field} is {was}, and this one's is {value}. Plan again."
+                )
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        head = [
+            ("target", self.target),
+            ("peak as written, predicted", format_bytes(self.baseline_peak_bytes)),
+            ("budget", "none" if self.budget_bytes is None else format_bytes(self.budget_bytes)),
+            ("peak planned, predicted", format_bytes(self.predicted_peak_bytes)),
+            ("FLOPs repeated", f"{self.recompute_flops:.3g} ({_percent(self.recompute_flops, self.baseline_flops)})"),
+            ("time added, predicted", f"{100 * self.predicted_overhead:.1f} %"),
+            ("optimality gap", f"{100 * self.optimality_gap:.1f} % of the step's time"),
+            ("planned in", f"{self.planning_seconds:.2f} s"),
+        ]
+        rows = Table(title=f"{len(self.decisions)} values read again later, the largest first")
+        for name in ("value", "bytes", "choice", "where", "why"):
+            rows.add_column(name, overflow="fold")
+        for d in self.decisions[:24]:
+            rows.add_row(d.name, format_bytes(d.value_bytes), d.choice, d.source, d.reason)
+        out = io.StringIO()
+        console = Console(file=out, width=140, highlight=False)
+        for key, value in head:
+            console.print(f"{key:<28}{value}")
+        console.print(rows)
+        for note in self.notes:
+            console.print(f"- {note}")
+        return out.getvalue()
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "0 %"
+
+
+def fingerprint(closed: Any, target: Any, passes: Any) -> dict[str, str]:
+    """Return what identifies a step for a saved plan: its jaxpr's structure, JAX's version, the target, the passes."""
+    import jax
+
+    from memopt._fingerprint import jaxpr_digest
+
+    return {
+        "jax version": jax.__version__,
+        "target": str(target),
+        "passes": ", ".join(sorted(map(repr, passes))),
+        "jaxpr": jaxpr_digest(closed),
+    }
