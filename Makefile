@@ -38,11 +38,12 @@ clean:  ## delete the virtual environments and everything that was built
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BASE): setup.cfg pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@echo "Setting up $(VENV) (a few minutes the first time) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-# libtpu is about half a GB and exists for Linux on x86 alone: the tests that need it skip without it.
+# libtpu is about half a GB and not published for every platform: the tests that need it skip without it.
 $(FULL): $(BASE)
 	@echo "Installing libtpu, which compiles for TPUs ahead of time (about half a GB) ..."
 	@$(BIN)/python -m pip install --quiet --editable '.[dev,tpu]' || \
