@@ -2,7 +2,7 @@
 
 In: flags; the reference steps, as shapes. Out: one row for each way to compile each step (compiled ahead of time for
 the target, by default a TPU that need not be there), a table, a CSV file and a picture; exit code 1 where a plan of
-memopt is over its policy's peak or repeats more. Finished rows are kept in the output folder, so a stopped sweep continues.
+memopt is over its policy's peak or repeats more. Finished rows are kept in the output folder: a stopped sweep goes on.
 
     python experiments/pareto.py --steps=gpt2 --small
 """

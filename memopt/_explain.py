@@ -181,7 +181,7 @@ def explain(
     Example:
         >>> x = jax.ShapeDtypeStruct((1024, 1024), "float32")
         >>> explain(lambda x: x + 1, x, target="cpu").advice[0].text
-        'Donate argument 0 (donate_argnums=0): 1 of its 1 leaves can hold an output.'
+        'Donate argument 0 (donate_argnums=0): 1 of 1 leaves can hold an output.'
 
     Limits: predicted without compiling, so a peak may be off by some percent; `compile=True` shows by how much.
     """
@@ -277,10 +277,11 @@ def _alive_temporaries(walk: Walk) -> list[Alive]:
 
 def _alive_temporary(item: Any, walk: Walk, kept: set[Any]) -> Alive:
     module, operation, source = walk.describe(item)
-    repeat = walk.repeat_flops(item, kept) if item.kind == "residual" else None
+    kind = "residual" if walk.is_residual(item) else "transient"
+    repeat = walk.repeat_flops(item, kept) if kind == "residual" else None
     shape, dtype = tuple(item.aval.shape), str(item.aval.dtype)
     why = f"read last by {walk.reader(item)}"
-    return Alive(module, operation, source, shape, dtype, item.bytes, item.kind, why, repeat)
+    return Alive(module, operation, source, shape, dtype, item.bytes, kind, why, repeat)
 
 
 def _roots(paths: Iterable[str]) -> tuple[str, frozenset[str]]:
@@ -329,7 +330,7 @@ def _donatable(jaxpr: Any, names: Sequence[str], donated: Sequence[bool], target
     return [
         Advice(
             sum(sizes),
-            f"Donate argument {_donation(name)}: {len(sizes)} of its {count[name]} leaves can hold an output.",
+            f"Donate argument {_donation(name)}: {len(sizes)} of {count[name]} leaves can hold an output.",
         )
         for name, sizes in found.items()
     ]

@@ -85,11 +85,12 @@ class Walk:
         timeline: its `Timeline`.
         stack: the name stack around it, of the loop that holds it.
         trips: how often it runs.
+        backward: whether it is part of the backward pass.
     """
 
-    def __init__(self, jaxpr: Any, timeline: Any, stack: str = "", trips: int = 1):
-        self.jaxpr, self.timeline, self.stack, self.trips = jaxpr, timeline, stack, trips
-        self.inner = {i: _body_walk(jaxpr.eqns[i], inner, stack) for i, inner in timeline.inner.items()}
+    def __init__(self, jaxpr: Any, timeline: Any, stack: str = "", trips: int = 1, backward: bool = False):
+        self.jaxpr, self.timeline, self.stack, self.trips, self.backward = jaxpr, timeline, stack, trips, backward
+        self.inner = {i: self._body(jaxpr.eqns[i], inner) for i, inner in timeline.inner.items()}
         self._named: dict[tuple[int, int, str], tuple[str, str, str]] = {}
 
     def own(self, index: int) -> list[tuple[Any, Walk]]:
@@ -147,6 +148,22 @@ class Walk:
             for item in body.samples()
         ]
         return once * min(body.trips, SHOWN_TRIPS)
+
+    def _body(self, eqn: Any, timeline: Any) -> Walk:
+        length = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        bodies = [c.open_jaxpr(body) for _, _, body in c.subjaxprs(eqn.params)]
+        body = next((b for b in bodies if len(b.eqns) == len(timeline.usage)), bodies[0])
+        return Walk(body, timeline, _join(self.stack, str(c.name_stack(eqn))), length, self._in_backward(eqn))
+
+    def is_residual(self, item: Any) -> bool:
+        """Whether a value is made by the forward pass and read by the backward pass."""
+        if not 0 <= item.made_at < len(self.jaxpr.eqns) or not 0 <= item.last_used_at < len(self.jaxpr.eqns):
+            return False
+        maker, reader = self.jaxpr.eqns[item.made_at], self.jaxpr.eqns[item.last_used_at]
+        return not self._in_backward(maker) and self._in_backward(reader)
+
+    def _in_backward(self, eqn: Any) -> bool:
+        return self.backward or _is_backward(eqn, str(c.name_stack(eqn)))
 
     def _points(self) -> Sequence[int]:
         count = len(self.jaxpr.eqns)
@@ -228,13 +245,6 @@ def _last_reader(eqn: Any, var: Any) -> tuple[Any, Any] | None:
     body = c.open_jaxpr(eqn.params["jaxpr"])
     readers = [e for e in body.eqns if any(v is body.invars[place] for v in e.invars)]
     return (readers[-1], body.invars[place]) if readers else None
-
-
-def _body_walk(eqn: Any, timeline: Any, stack: str) -> Walk:
-    length = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-    bodies = [c.open_jaxpr(body) for _, _, body in c.subjaxprs(eqn.params)]
-    body = next((b for b in bodies if len(b.eqns) == len(timeline.usage)), bodies[0])
-    return Walk(body, timeline, _join(stack, str(c.name_stack(eqn))), length)
 
 
 def _join(outer: str, inner: str) -> str:
