@@ -14,6 +14,7 @@ from typing import Any
 
 from memopt import _compat as c
 from memopt import _graph as g
+from memopt import _segments
 
 
 def apply(graph: g.Graph, repeats: Mapping[int, frozenset[int]]) -> tuple[Any, dict[Any, int]]:
@@ -41,12 +42,21 @@ class _Body:
         self.region = region
         self.eqns: list[Any] = []
         self.local: dict[int, Any] = {}  # value of a source region -> the variable that brings it into this body
-        self.clones: dict[tuple[int, int], Any] = {}  # (value, segment) -> variable of its repeat
+        self.clones: dict[int, tuple[int, Any]] = {}  # value -> segment of its latest repeat's latest use, its variable
+        self.near = _segments.near(region)
         self.new_consts: list[tuple[Any, int]] = []  # (variable, value outside)
         self.new_xs: list[tuple[Any, Any]] = []  # (variable, value outside or the stacked variable itself)
         self.outs: list[Any] = []
         self.pending: list[tuple[int, g.Op, _Body]] = []  # loops whose outputs are settled when the region is done
         self.latest: Any = None  # the variable made last by an original operation
+
+    def clone(self, value: int, segment: int) -> Any | None:
+        """Return the variable of a repeat that this segment may share, if there is one."""
+        used, var = self.clones.get(value, (None, None))
+        if used is None or segment - used > self.near:
+            return None
+        self.clones[value] = (segment, var)
+        return var
 
     @property
     def touched(self) -> bool:
@@ -133,9 +143,7 @@ class _Builder:
         here = item.region == body.region.id
         if item.op is not None and item.op.id in self.repeats.get(segment, ()):
             if not here or item.op.bin < segment:
-                if (value, segment) not in body.clones:
-                    self._repeat(body, item.op, segment)
-                return body.clones[value, segment]
+                return body.clone(value, segment) or self._repeat(body, item.op, segment, value)
         if here:
             return item.var
         if value not in body.local:
@@ -166,20 +174,21 @@ class _Builder:
             self.bin_of[extra[item.id]] = maker.bin
         return extra[item.id]
 
-    def _repeat(self, body: _Body, op: g.Op, segment: int) -> None:
-        """Run an operation again here, with all planned repeats that it needs, as one guarded batch."""
+    def _repeat(self, body: _Body, op: g.Op, segment: int, value: int) -> Any:
+        """Run an operation again here, with all planned repeats that it needs, as one guarded batch; return a value's."""
         batch = self._batch(body, op, segment)
         guarded = self._guard(body, batch, segment)
         for one in batch:
             invars = [
-                v if o is None else body.clones.get((o, segment)) or guarded.get(o) or self._read(body, o, segment)
+                v if o is None else guarded.get(o) or self._read(body, o, segment)
                 for v, o in zip(one.eqn.invars, one.inputs, strict=True)
             ]
             outvars = [v if isinstance(v, c.DropVar) else c.Var(v.aval) for v in one.eqn.outvars]
             body.eqns.append(c.replace_eqn(one.eqn, invars=invars, outvars=outvars))
             for o, var in zip(one.outputs, outvars, strict=True):
-                body.clones[o, segment] = var
+                body.clones[o] = (segment, var)
                 self.bin_of[var] = segment
+        return body.clones[value][1]
 
     def _batch(self, body: _Body, op: g.Op, segment: int) -> list[g.Op]:
         planned = self.repeats[segment]
@@ -192,8 +201,8 @@ class _Builder:
             order[one.id] = one
             for o in one.inputs:
                 maker = None if o is None else self.graph.values[o].op
-                if maker is not None and maker.id in planned and (o, segment) not in body.clones:
-                    if maker.region != body.region.id or maker.bin < segment:
+                if maker is not None and maker.id in planned and (maker.region != body.region.id or maker.bin < segment):
+                    if body.clone(o, segment) is None:
                         stack.append(maker)
         return sorted(order.values(), key=lambda one: one.id)
 
@@ -202,8 +211,10 @@ class _Builder:
         if body.region.sources and all(one.region != body.region.id for one in batch):
             return {}  # a loop body of its own: there is nothing to merge with
         made = {o for one in batch for o in one.outputs}
-        outside = dict.fromkeys(
-            o for one in batch for o in one.inputs if o is not None and o not in made and (o, segment) not in body.clones)
+        outside = dict.fromkeys(o for one in batch for o in one.inputs if o is not None and o not in made)
+        for o in list(outside):
+            if any(self._read(body, o, segment) is var for _, var in (body.clones.get(o, (0, None)),)):
+                del outside[o]  # a repeat already, behind a barrier of its own
         if not outside:
             return {}
         invars = [self._read(body, o, segment) for o in outside]

@@ -18,6 +18,7 @@ import numpy as np
 from ortools.graph.python import max_flow
 
 from memopt import _graph as g
+from memopt import _segments
 from memopt._survey import Survey
 
 SOURCE, SINK = 0, 1
@@ -49,7 +50,7 @@ class Network:
         self.nodes: dict[tuple, int] = {}
         self.op_nodes: dict[tuple[int, int], int] = {}
         self.count = 2
-        self.arcs: list[tuple] = []  # tail, head, seconds, bytes held, first bin, last bin, bytes while there, bin there
+        self.arcs: list[tuple] = []  # tail, head, seconds, bytes held, first and last segment that they are held in
         self.queue: list[tuple] = []
         self.per_place: dict[int, int] = {}
         places = max(1, survey.bins)
@@ -64,7 +65,7 @@ class Network:
         if not len(self.tails):
             return {}
         total = np.concatenate([[0.0], np.cumsum(prices)])
-        cost = self.seconds + self.held * (total[self.last + 1] - total[self.first]) + self.there * prices[self.at]
+        cost = self.seconds + self.held * (total[self.last + 1] - total[self.first])
         forced = ~np.isfinite(self.seconds)
         capacity = np.minimum(np.where(forced, 0.0, cost) / _UNIT, _LARGEST).astype(np.int64)
         capacity[forced] = _INFINITE
@@ -83,14 +84,34 @@ class Network:
         self.count += 1
         return self.count - 1
 
-    def _arc(self, tail, head, seconds=np.inf, held=0.0, first=0, last=-1, there=0.0, at=0) -> None:
-        self.arcs.append((tail, head, seconds, held, first, last, there, at))
+    def _arc(self, tail, head, seconds=np.inf, held=0.0, first=0, last=-1) -> None:
+        self.arcs.append((tail, head, seconds, held, first, last))
+
+    def _price_repeats(self) -> None:
+        """Price each operation's repeats: one run, shared by places near each other, and bytes from first to last use."""
+        places: dict[int, list[int]] = {}
+        for op, place in self.op_nodes:
+            places.setdefault(op, []).append(place)
+        for op, found in places.items():
+            there = float(sum(self.survey.repeated_bytes[v] for v in self.graph.ops[op].outputs))
+            before: int | None = None
+            for place in sorted(found):
+                region = self.survey.region_of_bin[place]
+                seconds = self.repeatable[op] * region.trips
+                node = self.op_nodes[op, place]
+                if before is not None and before in region.bins and place - before <= _segments.near(region):
+                    self._arc(self.op_nodes[op, before], node, seconds)
+                    self._arc(SOURCE, node, 0.0, there, before + 1, place)
+                else:
+                    self._arc(SOURCE, node, seconds, there, place, place)
+                before = place
 
     def _seal(self) -> None:
-        table = np.array(self.arcs, dtype=np.float64).reshape(-1, 8)
+        self._price_repeats()
+        table = np.array(self.arcs, dtype=np.float64).reshape(-1, 6)
         self.tails, self.heads = table[:, 0].astype(np.int32), table[:, 1].astype(np.int32)
-        self.seconds, self.held, self.there = table[:, 2], table[:, 3], table[:, 6]
-        self.first, self.last, self.at = (table[:, k].astype(np.int64) for k in (4, 5, 7))
+        self.seconds, self.held = table[:, 2], table[:, 3]
+        self.first, self.last = table[:, 4].astype(np.int64), table[:, 5].astype(np.int64)
         self.arcs = []
 
     def _hard_needs(self) -> None:
@@ -159,9 +180,6 @@ class Network:
             return None
         self.per_place[place] = self.per_place.get(place, 0) + 1
         node = self.op_nodes[op.id, place] = self._node()
-        region = self.survey.region_of_bin[place]
-        there = sum(self.survey.repeated_bytes[v] for v in op.outputs)
-        self._arc(SOURCE, node, self.repeatable[op.id] * region.trips, there=there, at=place)
         for v in dict.fromkeys(op.inputs):
             have = None if v is None else self._available(v, place)
             if have is not None:

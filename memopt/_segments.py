@@ -14,7 +14,7 @@ from memopt import _cost
 from memopt import _graph as g
 
 MOST_SEGMENTS = 64  # a region, however long: more segments cost planning time and decide no better
-LEAST_OPERATIONS = 16  # a segment
+NEAR = 20  # uses of a repeated value at most 1/NEAR of a region's segments apart share one repeat
 ONE_SEGMENT_BODY = 300  # a loop body of up to so many operations is one segment
 
 
@@ -36,11 +36,10 @@ def _boundaries(graph: g.Graph, region: g.Region) -> list[int]:
     total = len(region.ops)
     loops = [i for i, op in enumerate(region.ops) if op.bodies]
     cuts = {0} | {i for i in loops} | {i + 1 for i in loops if i + 1 < total}
-    small = region.parent is not None and total <= ONE_SEGMENT_BODY
-    if small or total < 2 * LEAST_OPERATIONS:
+    if region.parent is not None and total <= ONE_SEGMENT_BODY:
         return sorted(cuts) if total else []
     crossing = _crossing_bytes(graph, region)
-    step = max(LEAST_OPERATIONS, total // MOST_SEGMENTS)
+    step = max(1, total // MOST_SEGMENTS)
     edges = [*sorted(cuts), total]
     for lo, hi in zip(edges, edges[1:], strict=False):
         cuts.update(_necks(crossing, lo, hi, step))
@@ -50,11 +49,17 @@ def _boundaries(graph: g.Graph, region: g.Region) -> list[int]:
 def _necks(crossing: np.ndarray, lo: int, hi: int, step: int) -> list[int]:
     """Return boundaries between `lo` and `hi`, about `step` apart, each where the least crosses."""
     found, at = [], lo
-    while hi - at > 2 * step:
-        window = crossing[at + step // 2 : at + 3 * step // 2 + 1]
-        at += step // 2 + int(np.argmin(window))
+    while hi - at > step:
+        first = at + max(1, step // 2)
+        window = crossing[first : min(at + 3 * step // 2, hi - 1) + 1]
+        at = first + int(np.argmin(window))
         found.append(at)
     return found
+
+
+def near(region: g.Region) -> int:
+    """Return how many segments apart two uses of a repeated value may be to share one repeat."""
+    return max(1, len(region.bins) // NEAR)
 
 
 def _crossing_bytes(graph: g.Graph, region: g.Region) -> np.ndarray:
