@@ -17,7 +17,7 @@ from typing import Any
 from jax.extend import core
 
 from memopt._sizes import aval_bytes as aval_bytes
-from memopt._bytes import element_bits
+from memopt._sizes import element_bits
 from memopt._sizes import padded_bytes as padded_bytes
 from memopt._specs import DeviceSpec
 
