@@ -24,7 +24,7 @@ from memopt.models import steps
 
 SIZES = ("100", "300", "1000", "3000", "10000", "30000", "100000")
 DEPTHS = ("1", "10", "100", "1000")
-BATCH, WIDTH, RATE = 64, 128, 1e-3
+BATCH, WIDTH, RATE = 4096, 128, 1e-3
 EQUATIONS_PER_LAYER = 18  # Of the step below, forward, backward and update.
 LIMIT_SECONDS = {"scanned": 1.0, "gpt2": 5.0}
 LIMIT_EXPONENT = 1.3
@@ -35,6 +35,7 @@ COLUMNS = (
     _report.Column("limit_seconds", "limit", "seconds"),
     _report.Column("baseline_peak_bytes", "plain peak", "bytes"),
     _report.Column("predicted_peak_bytes", "planned peak", "bytes"),
+    _report.Column("note", "note"),
 )
 
 
@@ -43,7 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_list("sizes", list(SIZES), "Equations of the unrolled programs, about.")
     flags.DEFINE_list("depths", list(DEPTHS), "Layers of the scanned programs.")
     flags.DEFINE_bool("gpt2", True, "Plan GPT-2 with 12 unrolled layers too.")
-    flags.DEFINE_string("budget", "70%", "The budget of every plan.")
+    flags.DEFINE_string("budget", "80%", "The budget of every plan.")
     flags.DEFINE_string("target", "tpu:v5e:1x1", "What to plan for.")
     flags.DEFINE_string("out_dir", "out/planning_time", "Folder for CSV file and picture.")
 
@@ -90,7 +91,7 @@ def _shape(*shape: int) -> jax.ShapeDtypeStruct:
 def plan_row(name: str, kind: str, step: Callable[..., Any], args: Sequence[Any], **options: Any) -> dict[str, Any]:
     """Plan one step and return its row."""
     equations = _equation_count(jax.make_jaxpr(step)(*args).jaxpr)
-    plan = memopt.optimize(step, **options).plan(*args)
+    plan, note = _plan(step, args, options)
     return {
         "program": name,
         "kind": kind,
@@ -99,7 +100,16 @@ def plan_row(name: str, kind: str, step: Callable[..., Any], args: Sequence[Any]
         "limit_seconds": LIMIT_SECONDS.get(kind),
         "baseline_peak_bytes": plan.baseline_peak_bytes,
         "predicted_peak_bytes": plan.predicted_peak_bytes,
+        "note": note,
     }
+
+
+def _plan(step: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]) -> tuple[memopt.Plan, str]:
+    """Plan for the budget, or for the plain peak where nothing can be saved (as in a program of one layer)."""
+    try:
+        return memopt.optimize(step, **options).plan(*args), ""
+    except memopt.BudgetError:
+        return memopt.optimize(step, **options | {"budget": "100%"}).plan(*args), "no plan fits; timed at 100%"
 
 
 def _equation_count(jaxpr: Any) -> int:
@@ -150,8 +160,8 @@ def make_rows(options: dict[str, Any]) -> list[dict[str, Any]]:
     for depth in map(int, values.depths):
         rows.append(plan_row(f"residual layers, {depth} scanned", "scanned", *scanned(depth), **options))
     if values.gpt2:
-        step, args, jit_options = steps.reference_step("gpt2", layers="unrolled")
-        rows.append(plan_row("GPT-2 124M, 12 unrolled", "gpt2", step, args, **options, **jit_options))
+        step, args, _ = steps.reference_step("gpt2", layers="unrolled")
+        rows.append(plan_row("GPT-2 124M, 12 unrolled", "gpt2", step, args, **options))
     return rows
 
 
@@ -160,7 +170,7 @@ def main(argv: Sequence[str]) -> None:
     del argv
     values = flags.FLAGS
     folder = pathlib.Path(values.out_dir)
-    rows = make_rows({"budget": values.budget, "target": values.target})
+    rows = make_rows({"budget": values.budget, "target": values.target, "donate_argnums": 0})
     exponent = fitted_exponent(rows)
     _report.print_table(COLUMNS, rows, f"Planning time for {values.target}, budget {values.budget}")
     _report.write_csv(folder / "planning_time.csv", rows)
