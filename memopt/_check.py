@@ -68,9 +68,9 @@ def figures_from_json(text: str) -> tuple[Memory, str]:
     """
     stored = json.loads(text)
     try:
-        figures = dict(stored["memory"])
-        memory = Memory(**figures | {"unused_donations": tuple(figures.get("unused_donations", ()))})
-        return memory, stored["jax_version"]
+        figures: dict[str, Any] = dict(stored["memory"])
+        figures["unused_donations"] = tuple(figures["unused_donations"])
+        return Memory(**figures), stored["jax_version"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"The stored figures are damaged ({error}). Write them again with --save.") from error
 
@@ -134,4 +134,4 @@ def _row(name: str, before: int | None, after: int | None) -> str:
 
 
 def _sentence(what: str, grew: bool, tolerance: float) -> str:
-    return f"{what} {'grew' if grew else 'did not grow'} by more than {tolerance:.4g} of what was stored."
+    return f"{what} {'grew' if grew else 'did not grow'} by more than {100 * tolerance:.4g} % of what was stored."

@@ -10,7 +10,16 @@ from memopt._bytes import format_bytes
 
 
 class TargetError(ValueError):
-    """An unknown target, or one that cannot be compiled for on this machine; the message holds the remedy."""
+    """An unknown target, or one that cannot be compiled for on this machine; the message holds the remedy.
+
+    Example:
+        >>> import memopt
+        >>> try:
+        ...     memopt.mesh("tpu:v9", (1,), ("data",))
+        ... except memopt.TargetError as error:
+        ...     print(error)
+        Unknown TPU kind 'v9' in target 'tpu:v9'. Known: v4, v5e, v5p, v6e, tpu7x.
+    """
 
 
 class BudgetError(RuntimeError):
@@ -23,6 +32,7 @@ class BudgetError(RuntimeError):
         advice: what would help and by how much, one sentence each, best first.
 
     Example:
+        >>> from memopt import BudgetError
         >>> error = BudgetError(2**20, 3 * 2**20, ["2.0 MiB params"], ["Donate argument 0: -1.0 MiB."])
         >>> str(error).splitlines()[0]
         'No plan fits the budget of 1.0 MiB: the smallest peak is 3.0 MiB, 2.0 MiB too much.'
@@ -43,10 +53,9 @@ class BudgetError(RuntimeError):
 
     def __str__(self) -> str:
         over_bytes = self.smallest_peak_bytes - self.budget_bytes
-        smallest = format_bytes(self.smallest_peak_bytes)
+        smallest, over = format_bytes(self.smallest_peak_bytes), format_bytes(over_bytes)
         budget = format_bytes(self.budget_bytes)
-        first = f"No plan fits the budget of {budget}: the smallest peak is {smallest}, {format_bytes(over_bytes)} too much."
-        lines = [first]
+        lines = [f"No plan fits the budget of {budget}: the smallest peak is {smallest}, {over} too much."]
         if self.advice:
             lines += ["What would help:", *(f"  {sentence}" for sentence in self.advice)]
         else:

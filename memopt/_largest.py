@@ -39,11 +39,20 @@ class Largest:
         memory: the compiler's figures at that size.
         budget_bytes: what the peaks were compared with.
         trials: every trial, in the order in which they were made.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, memopt
+        >>> rows = lambda n: (jax.ShapeDtypeStruct((n, 256), jnp.float32),)
+        >>> print(memopt.largest(lambda x: x * 2, rows, [8, 16], budget="20KiB"))
+        largest size that fits: 8 (budget 20.0 KiB)
+                  size          peak
+                     8      16.0 KiB  fits
+                    16      32.0 KiB  does not fit
     """
 
     size: int | None
     memory: Memory | None
-    budget_bytes: int | None
+    budget_bytes: int
     trials: tuple[Trial, ...]
 
     def __str__(self) -> str:
@@ -86,9 +95,9 @@ def largest(
         TypeError: `make_args` returns something else than a tuple or list.
 
     Example:
-        >>> import jax, jax.numpy as jnp
-        >>> double = lambda x: x * 2
-        >>> largest(double, lambda n: (jax.ShapeDtypeStruct((n, 256), jnp.float32),), (1, 100), budget="20KiB").size
+        >>> import jax, jax.numpy as jnp, memopt
+        >>> rows = lambda n: (jax.ShapeDtypeStruct((n, 256), jnp.float32),)
+        >>> memopt.largest(lambda x: x * 2, rows, (1, 100), budget="20KiB").size
         10
 
     Limits: the peak is taken to grow with the size; where it does not, a size that fits is found, not the largest.
@@ -141,11 +150,11 @@ def _reject_given(given: dict[str, Any]) -> None:
 class _Log:
     """Trials that were made, each size once; `memory_at` gives the figures of a size and what they must fit."""
 
-    def __init__(self, memory_at: Callable[[int], tuple[Memory | None, int]]) -> None:
+    def __init__(self, memory_at: Callable[[int], tuple[Any, int]]) -> None:
         self.memory_at = memory_at
         self.done: dict[int, Trial] = {}
         self.memories: dict[int, Memory] = {}
-        self.budget_bytes: int | None = None
+        self.budget_bytes = 0
 
     def trial(self, size: int) -> Trial:
         if size not in self.done:

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -214,7 +215,7 @@ def _gpu_lowering_platform() -> str:
     return "rocm" if jax.default_backend() == "gpu" and "rocm" in jax.devices()[0].client.platform_version else "cuda"
 
 
-def devices(target: Target) -> tuple[jax.Device, ...]:
+def devices(target: Target) -> tuple[Any, ...]:
     """List the JAX devices of a target; the first TPU target of a process loads libtpu, about a second.
 
     Args:
@@ -242,7 +243,7 @@ def devices(target: Target) -> tuple[jax.Device, ...]:
 
 
 @functools.lru_cache(maxsize=32)
-def _topology_devices(target: Target) -> tuple[jax.Device, ...]:
+def _topology_devices(target: Target) -> tuple[Any, ...]:
     check_libtpu()
     _quiet_libtpu()
     assert target.topology is not None
@@ -325,7 +326,8 @@ def mesh(target: "str | Target | None", shape: Sequence[int], names: Sequence[st
         ValueError: `shape` does not use all devices, or has another length than `names`.
 
     Example:
-        >>> mesh("cpu", (len(jax.devices("cpu")),), ("data",)).axis_names
+        >>> import jax, memopt
+        >>> memopt.mesh("cpu", (len(jax.devices("cpu")),), ("data",)).axis_names
         ('data',)
     """
     parsed = Target.parse(target)
