@@ -146,7 +146,8 @@ class Attention(nn.Module):
             _dense(config, n * size, name)(x).reshape(*x.shape[:-1], n, size)
             for name, n in (("q", config.heads), ("k", config.kv_heads), ("v", config.kv_heads))
         )
-        q, k, v = checkpoint_name(rotate(q, table), "q"), checkpoint_name(rotate(k, table), "k"), checkpoint_name(v, "v")
+        q, k = checkpoint_name(rotate(q, table), "q"), checkpoint_name(rotate(k, table), "k")
+        v = checkpoint_name(v, "v")
         q = q.reshape(*x.shape[:-1], config.kv_heads, config.heads // config.kv_heads, size)
         scores = jnp.einsum("bqngd,bknd->bngqk", q, k) * size**-0.5
         o = jnp.einsum("bngqk,bknd->bqngd", attention_weights(scores, causal=True), v)

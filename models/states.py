@@ -57,7 +57,7 @@ def language_step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Arra
     """Take one step on `{"tokens", "labels"}`, each int32 `[batch, length]`.
 
     Example:
-        >>> from models.steps import concrete, reference_step
+        >>> from memopt.models.steps import concrete, reference_step
         >>> step, args, _ = reference_step("gpt2", tiny=True)
         >>> state, loss = step(*concrete(args, seed=0))
         >>> int(state.step), loss.shape
@@ -98,11 +98,11 @@ def abstract_state(
         dropout: give the state a dropout key.
 
     Returns:
-        A `NormState` for a model with `batch_stats`, a `DropoutState` with `dropout`, else a `TrainState`; every leaf is a
-        `jax.ShapeDtypeStruct`.
+        A `NormState` for a model with `batch_stats`, a `DropoutState` with `dropout`, else a `TrainState`. Each leaf is
+        a `jax.ShapeDtypeStruct`.
 
     Example:
-        >>> from models.gpt2 import GPT2, GPT2_TINY
+        >>> from memopt.models.gpt2 import GPT2, GPT2_TINY
         >>> tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
         >>> abstract_state(GPT2(GPT2_TINY), tokens, adamw()).params["wte"]["embedding"].shape
         (256, 32)
@@ -114,10 +114,11 @@ def _make_state(model: nn.Module, optimizer: optax.GradientTransformation, dropo
     variables = model.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, inputs)
     parts = {"apply_fn": model.apply, "params": variables["params"], "tx": optimizer}
     if "batch_stats" in variables:
-        return NormState.create(**parts, batch_stats=variables["batch_stats"])
-    if dropout:
-        return DropoutState.create(**parts, key=jax.random.key(2))
-    state = TrainState.create(**parts)
+        state = NormState.create(**parts, batch_stats=variables["batch_stats"])
+    elif dropout:
+        state = DropoutState.create(**parts, key=jax.random.key(2))
+    else:
+        state = TrainState.create(**parts)
     return state.replace(step=jnp.zeros((), jnp.int32))
 
 

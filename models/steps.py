@@ -1,7 +1,8 @@
 """The reference steps that every figure names, built from shapes alone.
 
-In comes a name, out come a step, its arguments as `jax.ShapeDtypeStruct` trees, and the options for `jax.jit`. Hand-made
-`jax.checkpoint` policies are added here, as baselines to compare with; the models themselves have none. Not memopt's.
+In comes a name, out come a step, its arguments as `jax.ShapeDtypeStruct` trees, and the options for `jax.jit`. The
+hand-made `jax.checkpoint` policies are added here, as baselines to compare with; the models have none, and memopt is
+not imported.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import gpt2, llama
+from . import gpt2, llama, lstm, resnet, unet, vit
+from .common import wide
 from .states import Step, abstract_state, adamw, dropout_step, image_step, language_step, norm_step
 
 Args = tuple[Any, Any]
@@ -56,11 +58,21 @@ class Family:
 
 
 _GPT2 = dataclasses.replace(gpt2.GPT2_124M, vocabulary=50_304)
+_VIT = (vit.ViT, vit.Block, 128, vit.VIT_B16, vit.VIT_SMALL_FORM, vit.VIT_TINY)
+_RESNET = (resnet.ResNet, resnet.Block, 128, resnet.RESNET50, resnet.RESNET18, resnet.RESNET_TINY)
+_UNET_2D = (unet.UNet, unet.ConvPair, 4, unet.UNET_2D, unet.UNET_2D_SMALL_FORM, unet.UNET_2D_TINY)
+_UNET_3D = (unet.UNet, unet.ConvPair, 1, unet.UNET_3D, unet.UNET_3D_SMALL_FORM, unet.UNET_3D_TINY)
+_LSTM = (lstm.LSTM, lstm.Cell, 20, lstm.LSTM_MEDIUM, lstm.LSTM_SMALL_FORM, lstm.LSTM_TINY)
 FAMILIES: dict[str, Family] = {
     "gpt2": Family(gpt2.GPT2, gpt2.Block, 8, _GPT2, gpt2.GPT2_SMALL_FORM, gpt2.GPT2_TINY),
     "gpt_bytes": Family(gpt2.GPT2, gpt2.Block, 16, gpt2.GPT_BYTES, gpt2.GPT_BYTES, gpt2.GPT2_TINY),
     "llama_1b": Family(llama.Llama, llama.Block, 1, llama.LLAMA_1B_UNTIED, llama.LLAMA_SMALL_FORM, llama.LLAMA_TINY),
     "llama_4l": Family(llama.Llama, llama.Block, 4, llama.LLAMA_4_LAYERS, llama.LLAMA_SMALL_FORM, llama.LLAMA_TINY),
+    "vit_b": Family(*_VIT, images=True),
+    "resnet": Family(*_RESNET, images=True),
+    "unet_2d": Family(*_UNET_2D, images=True),
+    "unet_3d": Family(*_UNET_3D, images=True),
+    "lstm": Family(*_LSTM),
 }
 """The reference steps by name."""
 
@@ -86,8 +98,8 @@ def reference_step(
         remat: a key of `POLICIES`: wrap each block in `jax.checkpoint` with that policy. None for the plain model.
         batch: number of sequences or images; None for that of the reference table.
         optimizer: an optax transformation; None for `adamw()`.
-        **overrides: fields of the model's configuration, such as `length=512` or `dropout=0.1`. The number of blocks, the
-            field `layers` of the configuration, is set by `depth`.
+        **overrides: fields of the model's configuration, such as `length=512` or `dropout=0.1`. The number of blocks,
+            the field `layers` of the configuration, is set by `depth`.
 
     Returns:
         `(step, args, options)`: `step(state, batch)` gives `(state, loss)`, `args` is the tuple `(state, batch)` with a
@@ -109,7 +121,7 @@ def reference_step(
         raise ValueError(f"no reference step named {name!r}: choose one of {', '.join(FAMILIES)}")
     form = family.tiny if tiny else family.small if small else family.full
     config = _configure(name, form, layers or _form_of(family.full), overrides)
-    model = family.model(config, block=_block(family.block, remat, config))
+    model = family.model(config, block=_block(family.block, remat, _form_of(config)))
     inputs = _batch(family, config, 2 if batch is None and tiny else batch or family.batch)
     dropout = bool(getattr(config, "dropout", 0))
     leading = inputs["images" if family.images else "tokens"]
@@ -151,9 +163,9 @@ def concrete(args: Any, seed: int = 0) -> Any:
         seed: seeds parameters, keys and batch; equal seeds give equal arrays.
 
     Returns:
-        The same tree of arrays. Parameters named `kernel`, `embedding` and the like are normal with deviation 0.02 (a
-        convolution's by its fan-in), `scale` and `var` are ones, everything else of the state is zero. `tokens` lie below
-        256 and their `labels` are the next tokens, classes lie below 2, images are normal.
+        The same tree of arrays. Parameters are normal with deviation 0.02 (a convolution's by its fan-in), except that
+        `scale` and `var` are ones and `bias` is zero; the rest of the state is zero. `tokens` lie below 256 and their
+        `labels` are the next tokens, classes lie below 2, images are normal.
 
     Example:
         >>> state, batch = concrete(reference_step("gpt2", tiny=True)[1])
@@ -165,18 +177,19 @@ def concrete(args: Any, seed: int = 0) -> Any:
     return jax.tree.map(_next_tokens, filled, is_leaf=_is_language_batch)
 
 
-def _configure(name: str, config: Any, layers: str | None, overrides: dict[str, Any]) -> Any:
-    """Apply the overrides to a configuration; `depth` is its `layers`."""
-    changes = dict(overrides)
-    if "depth" in changes:
-        changes["layers"] = changes.pop("depth")
-    if layers is not None:
-        if layers not in ("scan", "unrolled"):
-            raise ValueError(f"layers={layers!r} is unknown: choose 'scan' or 'unrolled'")
-        if hasattr(config, "scan"):
-            changes["scan"] = layers == "scan"
-        elif layers == "scan":
-            raise ValueError(f"{name} has no scanned form, its blocks differ: pass layers='unrolled' or leave it out")
+def _configure(name: str, config: Any, layers: str, overrides: dict[str, Any]) -> Any:
+    """Apply the form of the layers and the overrides to a configuration; `depth` is its `layers`."""
+    if layers not in ("scan", "unrolled"):
+        raise ValueError(f"layers={layers!r} is unknown: choose 'scan' or 'unrolled'")
+    changes = {"layers" if field == "depth" else field: value for field, value in overrides.items()}
+    fields = {field.name for field in dataclasses.fields(config)}
+    if unknown := sorted(changes.keys() - fields):
+        known = ", ".join(sorted(fields))
+        raise TypeError(f"{type(config).__name__} has no field {', '.join(unknown)}: choose from {known}")
+    if "scan" in fields:
+        changes["scan"] = layers == "scan"
+    elif layers != _form_of(config):
+        raise ValueError(f"{name} has no {layers} form: pass layers={_form_of(config)!r} or leave it out")
     return dataclasses.replace(config, **changes)
 
 
@@ -184,19 +197,19 @@ def _form_of(config: Any) -> str:
     return "scan" if getattr(config, "scan", False) else "unrolled"
 
 
-def _block(block: type[nn.Module], remat: str | None, config: Any) -> type[nn.Module]:
+def _block(block: type[nn.Module], remat: str | None, form: str) -> type[nn.Module]:
     """Wrap a block in `nn.remat` with the named policy; None leaves it plain."""
     if remat is None:
         return block
     if remat not in POLICIES:
         raise ValueError(f"no policy named {remat!r}: choose one of {', '.join(POLICIES)}")
-    return nn.remat(block, policy=POLICIES[remat], prevent_cse=not getattr(config, "scan", False))
+    return nn.remat(block, policy=POLICIES[remat], prevent_cse=form == "unrolled")
 
 
 def _batch(family: Family, config: Any, size: int) -> dict[str, Any]:
     """Make the shapes of a batch: tokens with their labels, or images with a class an image or a pixel."""
     if family.images:
-        images = jax.ShapeDtypeStruct((size, *config.image_shape), config.dtype)
+        images = jax.ShapeDtypeStruct((size, *config.image_shape), wide(config.dtype))
         return {"images": images, "labels": jax.ShapeDtypeStruct((size, *config.label_shape), jnp.int32)}
     tokens = jax.ShapeDtypeStruct((size, config.length), jnp.int32)
     return {"tokens": tokens, "labels": tokens}
