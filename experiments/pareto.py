@@ -43,6 +43,7 @@ def define_flags() -> None:
     """Define the flags; called when this file runs as a script, never at import."""
     flags.DEFINE_list("steps", list(STEPS), "Reference steps, as name or name:layers.")
     flags.DEFINE_bool("small", False, "Use the small forms.")
+    flags.DEFINE_bool("tiny", False, "Use the tiny forms, to try the script.")
     flags.DEFINE_list("rows", [], "Only these rows: plain, a policy's name, memopt@<policy>, memopt@below.")
     flags.DEFINE_string("target", "tpu:v5e:1x1", "What to compile for.")
     flags.DEFINE_string("larger_target", "tpu:v5p:1x1x1", "Where a program goes that is too large; empty for nowhere.")
@@ -55,13 +56,13 @@ class Case:
 
     Args:
         name: as `gpt2:scan`.
-        small: the small form.
+        form: "full", "small" or "tiny".
         target: what to compile for.
         larger_target: where a program goes that is too large for it; empty for nowhere.
     """
 
     name: str
-    small: bool
+    form: str
     target: str
     larger_target: str
 
@@ -70,7 +71,8 @@ class Case:
         from memopt.models import steps
 
         name, _, layers = self.name.partition(":")
-        return steps.reference_step(name, layers=layers or None, small=self.small, remat=remat)
+        size = {"small": self.form == "small", "tiny": self.form == "tiny"}
+        return steps.reference_step(name, layers=layers or None, remat=remat, **size)
 
 
 def step_flops(step: Callable[..., Any], args: Sequence[Any], options: dict[str, Any]) -> float:
@@ -235,12 +237,13 @@ def main(argv: Sequence[str]) -> int:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every setting is a flag, see --help")
     values = flags.FLAGS
     folder, out, rows = pathlib.Path(values.out_dir), _report.console(), []
-    settings = {"small": values.small, "target": values.target, "made with": _report.environment(commit=False)}
+    form = "tiny" if values.tiny else "small" if values.small else "full"
+    settings = {"form": form, "target": values.target, "made with": _report.environment(commit=False)}
     cache = _report.Cache(folder / "rows.json", settings)
     for name in values.steps:
-        rows += sweep(Case(name, values.small, values.target, values.larger_target), values.rows, cache)
+        rows += sweep(Case(name, form, values.target, values.larger_target), values.rows, cache)
         _report.write_csv(folder / "pareto.csv", rows)
-    _report.print_table(COLUMNS, rows, f"Compiled for {values.target}{', small forms' if values.small else ''}", out)
+    _report.print_table(COLUMNS, rows, f"Compiled for {values.target}, {form} forms", out)
     draw(folder / "pareto.png", rows)
     saving = median_saving(rows)
     if saving is not None:

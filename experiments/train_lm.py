@@ -202,7 +202,7 @@ def run_role(settings: Settings, role: str, budget_bytes: int | None) -> int:
     figures["device_peak_bytes"] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if role == "memopt":
         figures["plan"] = _plan_figures(step.plan(*args))
-    explanation = step.explain(*args) if role == "memopt" else memopt.explain(step, *args)
+    explanation = memopt.explain(step, *args)
     figures["predicted_peak_bytes"] = explanation.peak_bytes
     _file(settings, role, "timeline").write_text(explanation.to_json(), encoding="utf-8")
     _file(settings, role, "run").write_text(json.dumps(figures), encoding="utf-8")

@@ -21,7 +21,7 @@ from memopt import _explain_plot, _inline, _timeline
 from memopt._cost import aval_bytes, padded_bytes
 from memopt._errors import format_bytes
 from memopt._explain_walk import Alive, Sample, Walk, short
-from memopt._measure import as_jitted, measure
+from memopt._measure import as_jitted, is_optimized, measure
 from memopt._target import Target, limit_bytes
 
 #: Saved constants smaller than this are not worth a line.
@@ -163,9 +163,10 @@ def explain(
     Costs one trace and a fraction of a second; compiles nothing unless asked, and allocates nothing.
 
     Args:
-        fn: a function, one wrapped by `jax.jit` or `nnx.jit`, or a `memopt.optimize`d step.
+        fn: a function, one wrapped by `jax.jit` or `nnx.jit`, or a `memopt.optimize`d step: then what its plan makes of
+            it is explained (`step.explain` explains the plain step).
         *args: arrays, `jax.ShapeDtypeStruct`s, nnx modules, static values.
-        target: None for the attached device, else `platform[:kind[:topology]]`.
+        target: None for the attached device (the step's own for an optimized one), else `platform[:kind[:topology]]`.
         compile: compile the step too, and print the compiler's figures beside the predicted ones.
         donate_argnums, donate_argnames, static_argnums, static_argnames, in_shardings, out_shardings,
             compiler_options: as in `jax.jit`.
@@ -188,12 +189,24 @@ def explain(
     values = (donate_argnums, donate_argnames, static_argnums, static_argnames, in_shardings, out_shardings)
     options = {name: value for name, value in zip(_JIT_OPTIONS, values, strict=True) if value is not None}
     traced = as_jitted(fn, args, kwargs, options).trace(*args, **kwargs)
-    parsed = Target.parse(target)
+    parsed = Target.parse(fn.target if target is None and is_optimized(fn) else target)
     compiled = None
     if compile:
         memory = measure(fn, *args, target=target, compiler_options=compiler_options, **options, **kwargs)
         compiled = dataclasses.asdict(memory)
     return explain_traced(traced, parsed, compiled)
+
+
+def explain_program(program: Any) -> Explanation:
+    """Explain the plain step of a program of `memopt.optimize`.
+
+    Args:
+        program: traced, with the settings that hold its target.
+
+    Returns:
+        An `Explanation`.
+    """
+    return explain_traced(program.traced, program.settings.target)
 
 
 def explain_traced(traced: Any, target: Target, compiled: dict[str, Any] | None = None) -> Explanation:

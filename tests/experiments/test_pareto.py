@@ -45,7 +45,7 @@ def test_the_median_saving_leaves_out_policies_that_repeat_nothing():
 
 def test_a_finished_row_is_not_made_again(tmp_path):
     cache = _report.Cache(tmp_path / "rows.json", {})
-    case = pareto.Case("gpt2:scan", True, "t", "")
+    case = pareto.Case("gpt2:scan", "tiny", "t", "")
     made = pareto._cached(case, "plain", cache, lambda: {"flops": 1.0})
     assert made == {"step": "gpt2:scan", "row": "plain", "flops": 1.0}
     assert pareto._cached(case, "plain", cache, lambda: pytest.fail("made again")) == made
