@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from memopt import _compat as c
+from memopt import _fusion, _segments
 from memopt import _graph as g
-from memopt import _segments
 
 
 def apply(graph: g.Graph, repeats: Mapping[int, frozenset[int]]) -> tuple[Any, dict[Any, int]]:
@@ -48,7 +48,7 @@ class _Body:
         self.new_xs: list[tuple[Any, Any]] = []  # (variable, value outside or the stacked variable itself)
         self.outs: list[Any] = []
         self.pending: list[tuple[int, g.Op, _Body]] = []  # loops whose outputs are settled when the region is done
-        self.latest: Any = None  # the variable made last by an original operation
+        self.latest: Any = None  # the variable made last by an original operation that XLA materialises
 
     def clone(self, value: int, segment: int) -> Any | None:
         """Return the variable of a repeat that this segment may share, if there is one."""
@@ -94,8 +94,8 @@ class _Builder:
         body.eqns.append(eqn)
         for var in eqn.outvars:
             self.bin_of[var] = op.bin
-            if not isinstance(var, c.DropVar):
-                body.latest = var
+        if eqn.primitive.name not in _fusion.ELEMENTWISE:
+            body.latest = next((v for v in eqn.outvars if not isinstance(v, c.DropVar)), body.latest)
 
     def _with_bodies(self, body: _Body, op: g.Op, invars: list[Any]) -> Any:
         inner = [self.region(r) for r in op.bodies]

@@ -25,8 +25,8 @@ SOURCE, SINK = 0, 1
 _UNIT = 1e-13  # seconds in one unit of capacity
 _INFINITE = 1 << 58
 _LARGEST = 1 << 52
-MOST_NODES_A_PLACE = 4000  # beyond these the nearest operations are candidates, the farther ones must be kept
-MOST_NODES = 300_000
+MOST_NODES_A_PLACE = 2000  # beyond these the nearest operations are candidates, the farther ones must be kept
+MOST_NODES = 40_000
 
 
 class Network:
@@ -53,11 +53,13 @@ class Network:
         self.arcs: list[tuple] = []  # tail, head, seconds, bytes held, first and last segment that they are held in
         self.queue: list[tuple] = []
         self.per_place: dict[int, int] = {}
+        self.depth = 0  # operations between a need and what is being expanded: the nearest are expanded first
         places = max(1, survey.bins)
-        self.most = max(400, min(MOST_NODES_A_PLACE, MOST_NODES // places))
+        self.most = max(100, min(MOST_NODES_A_PLACE, MOST_NODES // places))
         self._hard_needs()
         while self.queue:
-            self._expand(*heapq.heappop(self.queue)[1:])
+            self.depth, _, *item = heapq.heappop(self.queue)
+            self._expand(*item)
         self._seal()
 
     def solve(self, prices: np.ndarray) -> dict[int, frozenset[int]]:
@@ -141,11 +143,10 @@ class Network:
         node = self.nodes.get((value, place))
         if node is None:
             node = self.nodes[value, place] = self._node()
-            order = -item.op.id if item.op is not None else 0
-            heapq.heappush(self.queue, (order, len(self.nodes), value, place, chained))
+            heapq.heappush(self.queue, (self.depth + 1, len(self.nodes), value, place, chained))
         return node
 
-    def _expand(self, _: int, value: int, place: int, chained: tuple[int, int] | None) -> None:
+    def _expand(self, value: int, place: int, chained: tuple[int, int] | None) -> None:
         item, node = self.graph.values[value], self.nodes[value, place]
         if item.kind in (g.CONST_IN, g.XS_IN) and not self.survey.is_here(value, place):
             self._outside(item, place, node)
@@ -173,6 +174,8 @@ class Network:
         """Return the node of running an operation again at a place, or None where it may not or need not be tried."""
         if op.id not in self.repeatable:
             return None
+        if op.region == self.survey.region_of_bin[place].id and self.hot[place + 1] == self.hot[op.bin + 1]:
+            return None  # memory binds nowhere between its first run and this place
         node = self.op_nodes.get((op.id, place))
         if node is not None:
             return node

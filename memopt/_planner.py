@@ -28,6 +28,12 @@ from memopt._plan import Decision, Plan, fingerprint
 from memopt._survey import Survey
 
 
+_HOT = 0.5  # segments that hold less than this share of the peak's temporaries cannot bind
+_SWEEP = np.geomspace(1e-3, 1e3, 12)  # prices tried, in units of the step's seconds per byte of its temporaries
+_LIMITS = (0.85, 0.7, 0.55, 0.4, 0.28, 0.16, 0.07, 0.0, -0.15)  # limits tried, between smallest and largest peak
+_ASCENTS = 3  # times that prices are raised for one limit
+
+
 @dataclasses.dataclass(eq=False)
 class Rung:
     """One complete plan: the rewritten step and its predicted figures.
@@ -215,15 +221,36 @@ class _Search:
         kept.seconds -= self.undone_seconds
 
     def run(self) -> list[Rung]:
-        usage = self.usage(self.score({}))
-        hot = usage > 0.25 * usage.max(initial=0)
-        self.network = Network(self.survey, self.repeatable, hot, self.step.always)
-        self.sweep(hot.astype(float))
+        kept = self.score({})
+        usage = self.usage(kept)
+        self.network = Network(self.survey, self.repeatable, usage > _HOT * usage.max(initial=0), self.step.always)
+        self.unit = self.step.baseline_seconds / max(1.0, usage.max(initial=0))
+        self.sweep(usage)
+        self.descend(usage)
         return _hull([self.plain, *self.seen.values()])
 
-    def sweep(self, weights: np.ndarray) -> None:
-        for price in np.geomspace(1e-16, 1e-7, 28):
+    def sweep(self, usage: np.ndarray) -> None:
+        """Try one price in all segments that the peak's bytes reach, from next to nothing to everything."""
+        weights = (usage > _HOT * usage.max(initial=0)).astype(float)
+        for factor in _SWEEP:
+            price = factor * self.unit
             self.score(self.network.solve(price * weights), price)
+
+    def descend(self, usage: np.ndarray) -> None:
+        """Raise the price where a plan is over a falling limit (dual ascent), so that it is paid where memory binds."""
+        highest, lowest = usage.max(initial=0), min(self.usage(r).max(initial=0) for r in self.seen.values())
+        prices = np.zeros_like(usage)
+        for fraction in _LIMITS:
+            limit = lowest + fraction * (highest - lowest)
+            step = 0.1 * self.unit
+            for _ in range(_ASCENTS):
+                over = np.maximum(0.0, usage / max(limit, 1.0) - 1.0)
+                if not over.any():
+                    break
+                prices = prices + step * over / over.max()
+                rung = self.score(self.network.solve(prices), float(prices.sum()))
+                usage = self.usage(rung)
+                step *= 2.5
 
     def score(self, repeats: dict[int, frozenset[int]], price: float | None = None) -> Rung:
         """Build and simulate a plan, once."""

@@ -14,6 +14,8 @@ from memopt._survey import Survey
 
 #: Primitives whose second run could give another result, or whose cost cannot be known before running.
 _NEVER = frozenset({"rng_uniform", "while", "optimization_barrier", "pure_callback", "io_callback", "debug_callback"})
+#: Added to every repeat, so that nothing is repeated that saves nothing.
+_EACH_SECONDS = 1e-8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,4 +54,4 @@ class Remat:
             elif name == "while":
                 yield Left(name, "its number of iterations is not known before it runs")
             elif name not in _NEVER and not op.feeds and not op.mapped:
-                yield Repeat(op.id, survey.seconds[op.id])
+                yield Repeat(op.id, survey.seconds[op.id] + _EACH_SECONDS)
