@@ -29,9 +29,9 @@ from memopt._survey import Survey
 
 
 _HOT = 0.5  # segments that hold less than this share of the peak's temporaries cannot bind
-_SWEEP = np.geomspace(1e-3, 1e3, 12)  # prices tried, in units of the step's seconds per byte of its temporaries
-_LIMITS = (0.85, 0.7, 0.55, 0.4, 0.28, 0.16, 0.07, 0.0, -0.15)  # limits tried, between smallest and largest peak
-_ASCENTS = 3  # times that prices are raised for one limit
+_SWEEP = tuple(np.geomspace(5e-4, 2.0, 9))  # prices tried, in units of the step's seconds per byte of its temporaries
+_REFINEMENTS = 6  # prices tried between two of these
+_ASCENTS = 4  # times that the price is raised where the smallest plan still binds
 
 
 @dataclasses.dataclass(eq=False)
@@ -230,27 +230,36 @@ class _Search:
         return _hull([self.plain, *self.seen.values()])
 
     def sweep(self, usage: np.ndarray) -> None:
-        """Try one price in all segments that the peak's bytes reach, from next to nothing to everything."""
+        """Find the lower hull of peak against time for one price in all segments that the peak's bytes reach.
+
+        Between two neighbours the price at which both cost the same is tried next, where the gap is largest.
+        """
         weights = (usage > _HOT * usage.max(initial=0)).astype(float)
-        for factor in _SWEEP:
-            price = factor * self.unit
-            self.score(self.network.solve(price * weights), price)
+        found = {p: self._at(p * self.unit, weights) for p in _SWEEP}
+        span = max(r.predicted_peak_bytes for r in found.values()) - min(r.predicted_peak_bytes for r in found.values())
+        for _ in range(_REFINEMENTS):
+            ordered = sorted(found.items())
+            gaps = [(a[1].predicted_peak_bytes - b[1].predicted_peak_bytes, a[0], b[0])
+                    for a, b in zip(ordered, ordered[1:], strict=False) if b[0] > 1.05 * a[0]]
+            gap, low, high = max(gaps, default=(0, 0.0, 0.0))
+            if gap <= 0.06 * span:
+                break
+            found[float(np.sqrt(low * high))] = self._at(float(np.sqrt(low * high)) * self.unit, weights)
+
+    def _at(self, price: float, weights: np.ndarray) -> Rung:
+        return self.score(self.network.solve(price * weights), price)
 
     def descend(self, usage: np.ndarray) -> None:
-        """Raise the price where a plan is over a falling limit (dual ascent), so that it is paid where memory binds."""
-        highest, lowest = usage.max(initial=0), min(self.usage(r).max(initial=0) for r in self.seen.values())
-        prices = np.zeros_like(usage)
-        for fraction in _LIMITS:
-            limit = lowest + fraction * (highest - lowest)
-            step = 0.1 * self.unit
-            for _ in range(_ASCENTS):
-                over = np.maximum(0.0, usage / max(limit, 1.0) - 1.0)
-                if not over.any():
-                    break
-                prices = prices + step * over / over.max()
-                rung = self.score(self.network.solve(prices), float(prices.sum()))
-                usage = self.usage(rung)
-                step *= 2.5
+        """From the smallest plan of the sweep, raise the price only where memory still binds (dual ascent)."""
+        start = min(self.seen.values(), key=lambda r: (r.predicted_peak_bytes, r.seconds))
+        prices = (start.price or 0.0) * (usage > _HOT * usage.max(initial=0))
+        usage = self.usage(start)
+        step = 0.5 * self.unit
+        for _ in range(_ASCENTS):
+            prices = prices + step * (usage > 0.97 * usage.max(initial=0))
+            rung = self.score(self.network.solve(prices), float(prices.max()))
+            usage = self.usage(rung)
+            step *= 2.5
 
     def score(self, repeats: dict[int, frozenset[int]], price: float | None = None) -> Rung:
         """Build and simulate a plan, once."""
