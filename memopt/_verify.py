@@ -111,13 +111,35 @@ def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stag
 
 def compile_rung(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Memory]:
     """Compile the chosen rung and note its peak; the executable is the one that a later call runs."""
-    lowered = lower_for(program.settings.target, program.jitted(program.index), args, kwargs)
+    lowered = lower_rung(program, args, kwargs)
     compiled, memory = compile_lowered(lowered, program.settings.target)
     if program.index is not None and memory.peak_bytes is not None:
         over = program.budget_bytes is not None and not memory.fits
         least = program.budget_bytes + 1 if over and program.budget_bytes is not None else 0
         program.measured[program.index] = max(memory.peak_bytes, least)
     return compiled, memory
+
+
+def lower_rung(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Lower the chosen rung for the program's target."""
+    keep_shardings(program, args, kwargs)
+    return lower_for(program.settings.target, program.jitted(program.index), args, kwargs)
+
+
+def keep_shardings(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Make the rewritten step return the shardings that the plain step returns.
+
+    Costs nothing but where arguments are sharded and XLA chooses the shardings of the outputs: there the plain step is
+    compiled once. Where that runs out of memory, XLA chooses for the rewritten step too.
+    """
+    if program.out_shardings is not None or not program.leaves_shardings_open or program.runs_plain:
+        return
+    target = program.settings.target
+    compiled, memory = compile_lowered(lower_for(target, program.plain, args, kwargs), target)
+    if compiled is None:
+        logger.info("%s: the plain step is out of memory; XLA chooses the outputs' shardings", program.describe())
+        return
+    program.out_shardings, program.measured[0] = compiled.output_shardings, memory.peak_bytes
 
 
 def _fits(program: Program, memory: Memory) -> bool:
