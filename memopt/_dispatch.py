@@ -87,7 +87,7 @@ class Core:
         return None
 
     def _tell_unplanned(self) -> None:
-        if not self._told:
+        if not self._told and not self.settings.is_plain:
             self._told = True
             name = getattr(self.fn, "__name__", "step")
             target = self.settings.target

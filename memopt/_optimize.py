@@ -212,7 +212,10 @@ class Optimized:
         return OptimizedTraced(self, self._ask(Core.planned, args, kwargs), args, kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> "OptimizedLowered":
-        """Trace, plan and lower, and return an object like JAX's `Lowered`; its `.compile()` verifies the budget."""
+        """Trace, plan and lower, and return an object like JAX's `Lowered`; its `.compile()` verifies the budget.
+
+        With sharded arguments and no `out_shardings`, the plain step is compiled once to keep its outputs' shardings.
+        """
         return OptimizedLowered(self, self._ask(Core.lowered, args, kwargs), args, kwargs)
 
     def measure(self, *args: Any, **kwargs: Any) -> Memory:

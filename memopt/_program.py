@@ -33,6 +33,11 @@ class Settings:
     plan: Any = None
     overrides: Mapping[str, str] | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether plain `jax.jit` is asked for: no passes, no saved plan and no budget to keep."""
+        return self.passes == () and self.plan is None and self.budget == Budget()
+
 
 def make_ladder(closed_jaxpr: Any, donated: Sequence[bool], settings: Settings) -> Any:
     """Ask the planner for the ladder of a step, or for the one rung of a saved plan."""

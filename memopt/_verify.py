@@ -42,6 +42,8 @@ def plan_program(program: Program, arguments: list[Any], *, verified: bool) -> N
     if program.index is not None or program.budget_bytes is not None:
         return
     settings = program.settings
+    if settings.is_plain:
+        return
     program.budget_bytes = resolve_budget(
         settings.budget,
         target=settings.target,

@@ -16,7 +16,7 @@ from memopt._scopes import module_path
 
 pytestmark = pytest.mark.loose_promotion  # Flax and Optax promote
 BUDGET = "1GiB"
-TX = optax.adam(1e-2)
+TX = optax.sgd(1e-2, momentum=0.9)
 
 
 class MLP(nnx.Module):
@@ -39,8 +39,8 @@ class Block(nnx.Module):
 
 
 class Model(nnx.Module):
-    def __init__(self, rngs):
-        self.blocks = nnx.List([Block(rngs), Block(rngs)])
+    def __init__(self, rngs, layers):
+        self.blocks = nnx.List([Block(rngs) for _ in range(layers)])
         self.head = nnx.Linear(4, 4, use_bias=False, rngs=rngs)
         self.tied = self.head
 
@@ -50,8 +50,8 @@ class Model(nnx.Module):
         return self.tied(self.head(x))
 
 
-def make():
-    model = Model(nnx.Rngs(0))
+def make(layers=1):
+    model = Model(nnx.Rngs(0), layers)
     return model, nnx.Optimizer(model, TX, wrt=nnx.Param)
 
 
@@ -234,7 +234,7 @@ def paths(step, *args):
 
 
 def test_name_scopes_by_attribute_path():
-    found = paths(optimize(train, budget=BUDGET, passes=[]), *make(), X)
+    found = paths(optimize(train, budget=BUDGET, passes=[]), *make(2), X)
     expected = {f"blocks/{i}/{name}" for i in (0, 1) for name in ("norm", "mlp/up", "mlp/down", "mlp", "dropout")}
     assert expected | {"head"} <= found
     assert not any("blocks/0/blocks" in path for path in found)

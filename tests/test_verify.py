@@ -38,17 +38,15 @@ class Ladder:
     """Rungs from (function, predicted peak) pairs; the planner's own choice."""
 
     def __init__(self, closed, rungs):
-        self.rungs = [
-            SimpleNamespace(
-                jaxpr=(lambda c=closed if fn is None else jax.make_jaxpr(fn)(W, X): c),
-                predicted_peak_bytes=peak_bytes, recompute_flops=float(place), seconds=0.0,
-            )
-            for place, (fn, peak_bytes) in enumerate(rungs)
-        ]  # fmt: skip
+        self.rungs = [rung(closed if fn is None else jax.make_jaxpr(fn)(W, X), peak) for fn, peak in rungs]
 
     def choose(self, budget_bytes, measured):
         peaks = [measured.get(i, r.predicted_peak_bytes) for i, r in enumerate(self.rungs)]
         return next((i for i, peak in enumerate(peaks) if peak <= budget_bytes), None)
+
+
+def rung(closed, peak_bytes):
+    return SimpleNamespace(jaxpr=lambda: closed, predicted_peak_bytes=peak_bytes, recompute_flops=0.0, seconds=0.0)
 
 
 @pytest.fixture
