@@ -67,19 +67,16 @@ def _first_choice(program: Program, verified: bool) -> int:
     index = program.ladder.choose(program.budget_bytes, program.measured)
     if index is not None:
         return index
-    smallest = _smallest(program, {})
-    peak_bytes = program.measured.get(smallest, program.ladder.rungs[smallest].predicted_peak_bytes)
+    smallest, peak_bytes = _by_peak(program)[0]
     if verified and smallest not in program.measured and peak_bytes <= _PREDICTION_SLACK * program.budget_bytes:
         return smallest
     raise budget_error(program, smallest, peak_bytes)
 
 
-def _smallest(program: Program, without: Mapping[int, int]) -> int | None:
-    """Return the rung with the smallest peak, measured where known, of those not in `without`; None if all are."""
-    rungs = program.ladder.rungs
-    left = [index for index in range(len(rungs)) if index not in without]
-    peaks = {index: program.measured.get(index, rungs[index].predicted_peak_bytes) for index in left}
-    return min(left, key=peaks.__getitem__, default=None)
+def _by_peak(program: Program) -> list[tuple[int, int]]:
+    """Return the rungs with their peaks, measured where known, smallest first."""
+    peaks = {index: rung.predicted_peak_bytes for index, rung in enumerate(program.ladder.rungs)} | program.measured
+    return sorted(peaks.items(), key=lambda item: item[1])
 
 
 def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stages.Compiled | None:
@@ -141,7 +138,9 @@ def keep_shardings(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> 
     if compiled is None:
         logger.info("%s: the plain step is out of memory; XLA chooses the outputs' shardings", program.describe())
         return
-    program.out_shardings, program.measured[0] = compiled.output_shardings, memory.peak_bytes
+    program.out_shardings = compiled.output_shardings
+    if memory.peak_bytes is not None:
+        program.measured[0] = memory.peak_bytes
 
 
 def _fits(program: Program, memory: Memory) -> bool:
@@ -161,7 +160,7 @@ def _next_choice(program: Program, attempt: int) -> int:
     expected = {index: int(rung.predicted_peak_bytes * max(factor, 1.0)) for index, rung in enumerate(rungs)}
     index = program.ladder.choose(program.budget_bytes, expected | measured)
     if index is None:
-        index = _smallest(program, measured)
+        index = next((rung for rung, _ in _by_peak(program) if rung not in measured), None)
     if attempt == REPLANS or index is None:
         best = min(measured, key=measured.__getitem__)
         raise budget_error(program, best, measured[best])

@@ -215,7 +215,7 @@ def test_donation_by_number_and_name():
         assert step.measure(w, X).alias_bytes == w.nbytes
         step(w, X)
         assert w.is_deleted()
-        with pytest.raises((RuntimeError, ValueError), match="[Dd]eleted or donated"):
+        with pytest.raises((RuntimeError, ValueError), match="deleted"):  # JAX's own words, which differ by release
             step(w, X)
     w = W + 0
     optimize(sgd, budget=BUDGET)(w, X)
