@@ -91,9 +91,9 @@ def _read_bytes(value: Any) -> int | None:
         match = re.fullmatch(r"\s*(\d[\d_]*(?:\.\d+)?)\s*([a-zA-Z]*)\s*", value)
         unit = _UNITS.get(match[2].lower()) if match else None
         return None if match is None or unit is None else int(float(match[1]) * unit)
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        return None
-    return int(value) if value == int(value) else None
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else None
 
 
 def resolve_budget(

@@ -15,10 +15,10 @@ import jax
 from memopt import _compat_frontend as compat
 from memopt import _nnx
 from memopt._errors import TargetError
-from memopt._measure import Memory, lower_for
+from memopt._measure import Memory
 from memopt._program import Program, Settings
 from memopt._signature import JitOptions, Signature, Statics
-from memopt._verify import compile_rung, logger, plan_program, settle
+from memopt._verify import compile_rung, keep_shardings, logger, lower_rung, plan_program, settle
 
 
 class NeedsNnx(Exception):
@@ -82,11 +82,12 @@ class Core:
             return None
         if self.settings.verify:
             return settle(program, args, kwargs)
+        keep_shardings(program, args, kwargs)
         program.run = program.jitted(program.index)
         return None
 
     def _tell_unplanned(self) -> None:
-        if not self._told:
+        if not self._told and not self.settings.is_plain:
             self._told = True
             name = getattr(self.fn, "__name__", "step")
             target = self.settings.target
@@ -156,7 +157,7 @@ class Core:
             signature = Signature.of(*self._statics.split(args, kwargs))
             program = self._program(signature, args, kwargs)
             result = None if program.run is not None else self._settle(program, signature.leaves, args, kwargs)
-            return program, self._lower(program, args, kwargs).compile() if result is None else result
+            return program, lower_rung(program, args, kwargs).compile() if result is None else result
 
     def measured(self, *args: Any, **kwargs: Any) -> Memory:
         """Return the compiler's figures of the rewritten step; of a step that misses its budget too."""
@@ -168,10 +169,7 @@ class Core:
 
     def lowered(self, *args: Any, **kwargs: Any) -> Any:
         """Return JAX's `Lowered` of the rewritten step, planned and not compiled."""
-        return self._lower(self.planned(*args, **kwargs), args, kwargs)
-
-    def _lower(self, program: Program, args: tuple, kwargs: dict) -> Any:
-        return lower_for(self.settings.target, program.jitted(program.index), args, kwargs)
+        return lower_rung(self.planned(*args, **kwargs), args, kwargs)
 
 
 def is_disabled() -> bool:

@@ -150,7 +150,9 @@ class Optimized:
     ):
         functools.update_wrapper(self, fn, updated=())
         self._fn, self._options, self._settings = fn, options, settings
-        self._core = Core(options.jit(fn) if plain is None else plain, options, settings) if nnx_mode is None else None
+        self._core: Any = None
+        if nnx_mode is None:
+            self._core = Core(options.jit(fn) if plain is None else plain, options, settings)
         self._nnx = None if nnx_mode is None else self._make_nnx(nnx_mode)
         self._bound: weakref.WeakKeyDictionary[Any, Optimized] = weakref.WeakKeyDictionary()
 
@@ -173,24 +175,26 @@ class Optimized:
         return f"<memopt.optimize of {getattr(self._fn, '__qualname__', self._fn)!s} for {self.target}>"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._nnx is None:
+        nnx_step = self._nnx
+        if nnx_step is None:
             try:
                 return self._core(*args, **kwargs)
             except NeedsNnx:
-                self._nnx = self._make_nnx({})
-        return self._nnx(*args, **kwargs)
+                nnx_step = self._nnx = self._make_nnx({})
+        return nnx_step(*args, **kwargs)
 
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         return self if instance is None else BoundOptimized(self, instance)
 
     def _ask(self, method: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         """Call a method of the core with the pure arguments."""
-        if self._nnx is None:
+        nnx_step = self._nnx
+        if nnx_step is None:
             try:
                 return method(self._core, *args, **kwargs)
             except NeedsNnx:
-                self._nnx = self._make_nnx({})
-        return self._nnx.ask(method, args, kwargs)
+                nnx_step = self._nnx = self._make_nnx({})
+        return nnx_step.ask(method, args, kwargs)
 
     def plan(self, *args: Any, **kwargs: Any) -> Any:
         """Trace and plan for these arguments or shapes, and return the `memopt.Plan`; nothing is compiled or run.
@@ -212,7 +216,10 @@ class Optimized:
         return OptimizedTraced(self, self._ask(Core.planned, args, kwargs), args, kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> "OptimizedLowered":
-        """Trace, plan and lower, and return an object like JAX's `Lowered`; its `.compile()` verifies the budget."""
+        """Trace, plan and lower, and return an object like JAX's `Lowered`; its `.compile()` verifies the budget.
+
+        With sharded arguments and no `out_shardings`, the plain step is compiled once to keep its outputs' shardings.
+        """
         return OptimizedLowered(self, self._ask(Core.lowered, args, kwargs), args, kwargs)
 
     def measure(self, *args: Any, **kwargs: Any) -> Memory:

@@ -33,6 +33,11 @@ class Settings:
     plan: Any = None
     overrides: Mapping[str, str] | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether plain `jax.jit` is asked for: no passes, no saved plan and no budget to keep."""
+        return self.passes == () and self.plan is None and self.budget == Budget()
+
 
 def make_ladder(closed_jaxpr: Any, donated: Sequence[bool], settings: Settings) -> Any:
     """Ask the planner for the ladder of a step, or for the one rung of a saved plan."""
@@ -77,6 +82,7 @@ class Program:
     index: int | None = None
     measured: dict[int, int] = field(default_factory=dict)
     memory: Any = None
+    out_shardings: Any = None  # those of the plain compiled step, where XLA chose them
     run: Any = None  # the jitted function that calls go to, once the plan is settled
     _rungs: dict[int, Any] = field(default_factory=dict)
 
@@ -134,7 +140,19 @@ class Program:
             args, kwargs, _ = statics.split(args, kwargs)
             return self.evaluate(jax.tree_util.tree_leaves((args, kwargs)), jaxpr)
 
-        return self.options.jit(run)
+        return JitOptions(out_shardings=self.out_shardings).over(self.options).jit(run)
+
+    @property
+    def runs_plain(self) -> bool:
+        """Whether the chosen rung is the plain step."""
+        return self.index is None or self.rung.jaxpr() is self.closed_jaxpr
+
+    @property
+    def leaves_shardings_open(self) -> bool:
+        """Whether arguments are sharded, but it is left to XLA how the outputs are: a rewrite could change that."""
+        return self.options.out_shardings is None and any(
+            sharding is not None and len(sharding.device_set) > 1 for sharding in self.signature.shardings
+        )
 
     def describe(self) -> str:
         """Return the step's name and its arguments in a few words: how many arrays, and the largest."""

@@ -42,6 +42,8 @@ def plan_program(program: Program, arguments: list[Any], *, verified: bool) -> N
     if program.index is not None or program.budget_bytes is not None:
         return
     settings = program.settings
+    if settings.is_plain:
+        return
     program.budget_bytes = resolve_budget(
         settings.budget,
         target=settings.target,
@@ -65,19 +67,16 @@ def _first_choice(program: Program, verified: bool) -> int:
     index = program.ladder.choose(program.budget_bytes, program.measured)
     if index is not None:
         return index
-    smallest = _smallest(program, {})
-    peak_bytes = program.measured.get(smallest, program.ladder.rungs[smallest].predicted_peak_bytes)
+    smallest, peak_bytes = _by_peak(program)[0]
     if verified and smallest not in program.measured and peak_bytes <= _PREDICTION_SLACK * program.budget_bytes:
         return smallest
     raise budget_error(program, smallest, peak_bytes)
 
 
-def _smallest(program: Program, without: Mapping[int, int]) -> int | None:
-    """Return the rung with the smallest peak, measured where known, of those not in `without`; None if all are."""
-    rungs = program.ladder.rungs
-    left = [index for index in range(len(rungs)) if index not in without]
-    peaks = {index: program.measured.get(index, rungs[index].predicted_peak_bytes) for index in left}
-    return min(left, key=peaks.__getitem__, default=None)
+def _by_peak(program: Program) -> list[tuple[int, int]]:
+    """Return the rungs with their peaks, measured where known, smallest first."""
+    peaks = {index: rung.predicted_peak_bytes for index, rung in enumerate(program.ladder.rungs)} | program.measured
+    return sorted(peaks.items(), key=lambda item: item[1])
 
 
 def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stages.Compiled | None:
@@ -111,13 +110,37 @@ def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stag
 
 def compile_rung(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Memory]:
     """Compile the chosen rung and note its peak; the executable is the one that a later call runs."""
-    lowered = lower_for(program.settings.target, program.jitted(program.index), args, kwargs)
+    lowered = lower_rung(program, args, kwargs)
     compiled, memory = compile_lowered(lowered, program.settings.target)
     if program.index is not None and memory.peak_bytes is not None:
         over = program.budget_bytes is not None and not memory.fits
         least = program.budget_bytes + 1 if over and program.budget_bytes is not None else 0
         program.measured[program.index] = max(memory.peak_bytes, least)
     return compiled, memory
+
+
+def lower_rung(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> Any:
+    """Lower the chosen rung for the program's target."""
+    keep_shardings(program, args, kwargs)
+    return lower_for(program.settings.target, program.jitted(program.index), args, kwargs)
+
+
+def keep_shardings(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Make the rewritten step return the shardings that the plain step returns.
+
+    Costs nothing but where arguments are sharded and XLA chooses the shardings of the outputs: there the plain step is
+    compiled once. Where that runs out of memory, XLA chooses for the rewritten step too.
+    """
+    if program.out_shardings is not None or not program.leaves_shardings_open or program.runs_plain:
+        return
+    target = program.settings.target
+    compiled, memory = compile_lowered(lower_for(target, program.plain, args, kwargs), target)
+    if compiled is None:
+        logger.info("%s: the plain step is out of memory; XLA chooses the outputs' shardings", program.describe())
+        return
+    program.out_shardings = compiled.output_shardings
+    if memory.peak_bytes is not None:
+        program.measured[0] = memory.peak_bytes
 
 
 def _fits(program: Program, memory: Memory) -> bool:
@@ -137,7 +160,7 @@ def _next_choice(program: Program, attempt: int) -> int:
     expected = {index: int(rung.predicted_peak_bytes * max(factor, 1.0)) for index, rung in enumerate(rungs)}
     index = program.ladder.choose(program.budget_bytes, expected | measured)
     if index is None:
-        index = _smallest(program, measured)
+        index = next((rung for rung, _ in _by_peak(program) if rung not in measured), None)
     if attempt == REPLANS or index is None:
         best = min(measured, key=measured.__getitem__)
         raise budget_error(program, best, measured[best])

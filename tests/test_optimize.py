@@ -1,0 +1,607 @@
+"""Tests of the decorator: whatever `jax.jit` runs, the optimized step runs too, with the same results and costs.
+
+The planner is replaced by a ladder of two rungs, the plain step and one with a barrier on every input, so that it shows
+that a rewritten step is what runs.
+"""
+
+import contextlib
+import functools
+import logging
+import time
+from types import SimpleNamespace
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.training import train_state
+from jax.extend.core import jaxpr_as_fun
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from memopt import _program
+from memopt._errors import TargetError
+from memopt._optimize import BoundOptimized, FrontierPoint, Optimized, optimize
+from memopt._signature import Signature
+
+BUDGET = "1GiB"
+
+
+class Ladder:
+    """The plain step, too large for any budget, and the step with barriers."""
+
+    def __init__(self, closed):
+        avals = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in closed.in_avals]
+        fn = jaxpr_as_fun(closed)
+        guarded = jax.make_jaxpr(lambda *xs: fn(*(jax.lax.optimization_barrier(list(xs)) if xs else xs)))
+        rewritten = guarded(*avals)
+        self.rungs = [rung(closed, 2**40, 0.0), rung(rewritten, 1, 8.0)]
+
+    def choose(self, budget_bytes, measured):
+        peaks = [measured.get(i, r.predicted_peak_bytes) for i, r in enumerate(self.rungs)]
+        return next((i for i, peak in enumerate(peaks) if peak <= budget_bytes), None)
+
+    def plan(self, index, *, budget_bytes):
+        return SimpleNamespace(index=index, budget_bytes=budget_bytes)
+
+
+def rung(closed, peak_bytes, flops):
+    return SimpleNamespace(
+        jaxpr=lambda: closed, predicted_peak_bytes=peak_bytes, recompute_flops=flops, seconds=flops / 4
+    )
+
+
+@pytest.fixture(autouse=True)
+def ladder(monkeypatch):
+    monkeypatch.setattr(_program, "make_ladder", lambda closed, donated, settings: Ladder(closed))
+
+
+@pytest.fixture
+def compilations():
+    """Counts the backend's compilations."""
+    count = SimpleNamespace(value=0)
+
+    def listen(name, duration, **_):
+        count.value += name == "/jax/core/compile/backend_compile_duration"
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield count
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def count_eqns(jaxpr, name):
+    total = 0
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        total += eqn.primitive.name == name
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                    total += count_eqns(inner, name)
+    return total
+
+
+def is_rewritten(step, *args, **kwargs):
+    return count_eqns(step.trace(*args, **kwargs).jaxpr, "optimization_barrier") > 0
+
+
+def assert_same(ours, plain):
+    assert jax.tree.structure(ours) == jax.tree.structure(plain)
+    for one, two in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        assert one.aval == two.aval  # weak types too
+        assert one.sharding.is_equivalent_to(two.sharding, one.ndim)
+        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, two = jax.random.key_data(one), jax.random.key_data(two)
+        np.testing.assert_allclose(one, two, rtol=1e-6)
+
+
+def check(fn, *args, calls=2, **options):
+    """Run a step twice, optimized and plain, each from its own copies of the arguments."""
+    step, plain = optimize(fn, budget=BUDGET, **options), jax.jit(fn, **options)
+    for _ in range(calls):
+        assert_same(step(*copied(args)), plain(*copied(args)))
+    assert is_rewritten(step, *args)
+    return step
+
+
+def copied(tree):
+    return jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, tree)
+
+
+def sgd(w, x):
+    loss, grad = jax.value_and_grad(lambda w: jnp.mean(jnp.tanh(x @ w) ** 2))(w)
+    return w - 0.1 * grad, loss
+
+
+W, X = jnp.full((8, 8), 0.1, jnp.float32), jnp.arange(32.0).reshape(4, 8) / 32
+
+
+def test_second_call_neither_retraces_nor_recompiles(compilations):
+    traces = []
+
+    @optimize(budget=BUDGET, donate_argnums=0)
+    def step(w, x):
+        traces.append(1)
+        return sgd(w, x)
+
+    w, x = W + 0, X + 0
+    before = compilations.value
+    w, _ = step(w, x)
+    assert compilations.value - before == 1
+    for _ in range(3):
+        w, _ = step(w, x)
+    assert (len(traces), compilations.value - before) == (1, 1)
+    step(w, jnp.ones((2, 8)))
+    step.plan(w, x)
+    step.trace(w, x)
+    step(W + 0, x)
+    assert len(traces) == 2
+    assert isinstance(step, Optimized)
+    assert step.__name__ == "step"
+
+
+def test_shapes_first_then_one_compilation(compilations):
+    traces = []
+
+    def counted(w, x):
+        traces.append(1)
+        return sgd(w, x)
+
+    step = optimize(counted, budget=BUDGET)
+    w, x = W + 0, X + 0
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (w, x))
+    before = compilations.value
+    step.plan(*shapes)
+    assert compilations.value == before
+    compiled = step.lower(*shapes).compile()
+    assert_same(step(w, x), compiled(w, x))
+    assert step.measure(*shapes).peak_bytes > 0
+    assert (len(traces), compilations.value - before) == (1, 1)
+
+
+def test_results_of_every_kind_of_leaf():
+    def fn(x, n, key, old, empty, flag):
+        noise = jax.random.normal(key, x.shape) + jax.random.uniform(old, x.shape)
+        return {"x": x * n + noise, "one": 1.0, "n": n, "key": key, "empty": empty * 2, "flag": ~flag, "none": None}
+
+    args = (X, 2.0, jax.random.key(3), jax.random.PRNGKey(4), jnp.zeros((0, 3)), jnp.array(True))
+    step = check(fn, *args, calls=1)
+    assert_same(step(np.asarray(X), np.float32(2), *args[2:])["x"], step(X, jnp.float32(2), *args[2:])["x"])
+
+
+def test_closed_over_constants_and_inputs_passed_through():
+    table = jnp.arange(1000.0)
+    check(lambda i, x: (table[i], x, x), jnp.arange(4), X)
+    assert_same(optimize(lambda: table.sum(), budget=BUDGET)(), table.sum())
+
+
+def test_keywords_and_keyword_only_arguments(compilations):
+    def fn(x, /, y, *rest, scale, **others):
+        return x + y * scale + sum(rest) + others["z"]
+
+    step = optimize(fn, budget=BUDGET)
+    args, kwargs = (X, X * 2, X * 3), {"scale": jnp.float32(2), "z": X}
+    before = compilations.value
+    assert_same(step(*args, **kwargs), jax.jit(fn)(*args, **kwargs))
+    count = compilations.value - before
+    step(*args, z=X, scale=jnp.float32(2))
+    assert compilations.value - before == count
+    assert len(step.trace(*args, **kwargs).jaxpr.in_avals) == 5
+
+
+def test_static_arguments_by_number_and_name():
+    traces = []
+
+    def fn(x, n, *, mode="a"):
+        traces.append((n, mode))
+        return x * n if mode == "a" else x - n
+
+    step = optimize(fn, budget=BUDGET, static_argnums=1, static_argnames="mode")
+    for _ in range(2):
+        assert step(jnp.ones(2), 3)[0] == 3
+        assert step(jnp.ones(2), 4)[0] == 4
+        assert step(jnp.ones(2), 4, mode="b")[0] == -3
+    assert traces == [(3, "a"), (4, "a"), (4, "b")]
+    assert is_rewritten(step, jnp.ones(2), 4, mode="b")
+    with pytest.raises(ValueError, match="hashable"):
+        step(jnp.ones(2), [1])
+
+
+def test_donation_by_number_and_name():
+    for options in ({"donate_argnums": 0}, {"donate_argnames": "w"}):
+        step = optimize(sgd, budget=BUDGET, **options)
+        w = W + 0
+        assert step.measure(w, X).alias_bytes == w.nbytes
+        step(w, X)
+        assert w.is_deleted()
+        with pytest.raises((RuntimeError, ValueError), match="deleted"):  # JAX's own words, which differ by release
+            step(w, X)
+    w = W + 0
+    optimize(sgd, budget=BUDGET)(w, X)
+    assert not w.is_deleted()
+
+
+def test_jitted_functions_bring_their_options():
+    jitted = jax.jit(lambda w, x, n: (w * n, x), donate_argnums=0, static_argnames="n")
+    step = optimize(jitted, budget=BUDGET)
+    w = W + 0
+    assert_same(step(w, X, n=2), (W * 2, X))
+    assert w.is_deleted()
+    undonated = optimize(jitted, budget=BUDGET, donate_argnums=())
+    w = W + 0
+    undonated(w, X, n=2)
+    assert not w.is_deleted()
+
+
+def test_compiler_options_reach_the_compiler():
+    step = optimize(sgd, budget=BUDGET, compiler_options={"no_such_option": True})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no_such_option"):
+        step(W, X)
+
+
+def test_errors_are_those_of_jit():
+    with pytest.raises(TypeError, match="not a valid JAX type"):
+        optimize(lambda x: "text", budget=BUDGET)(X)
+    with pytest.raises(TypeError, match="type <class 'str'> and was passed to the function at path x"):
+        optimize(lambda x: x, budget=BUDGET)("text")
+    with pytest.raises(TypeError, match="positional argument"):
+        optimize(lambda x: x, budget=BUDGET)()
+    with pytest.raises(jax.errors.TracerBoolConversionError):
+        optimize(lambda x: x if x.sum() > 0 else -x, budget=BUDGET)(X)
+
+
+def test_settings_are_checked_at_once():
+    with pytest.raises(ValueError, match="Unreadable budget 'lots'"):
+        optimize(sgd, budget="lots")
+    with pytest.raises(TargetError, match="Unknown target 'abacus'"):
+        optimize(sgd, target="abacus")
+    with pytest.raises(TypeError, match="takes a function, got 3"):
+        optimize(3)
+    with pytest.raises(TypeError, match="optimized already"):
+        optimize(optimize(sgd, budget=BUDGET))
+
+
+class Trainer:
+    def __init__(self, rate):
+        self.rate = rate
+
+    @optimize(budget=BUDGET, donate_argnums=1)
+    def step(self, w, x):
+        """Docs."""
+        return w - self.rate * x.mean()
+
+    @functools.partial(optimize, budget=BUDGET, static_argnums=0)
+    def static(self, w):
+        return w * self.rate
+
+
+def test_methods_of_plain_objects():
+    one, two = Trainer(1.0), Trainer(2.0)
+    w = W + 0
+    result = one.step(w, X)
+    assert w.is_deleted()
+    np.testing.assert_allclose(result, W - X.mean())
+    np.testing.assert_allclose(two.step(W + 0, X), W - 2 * X.mean())
+    assert isinstance(one.step, BoundOptimized)
+    assert is_rewritten(one.step, W, X)
+    assert one.step.measure(W, X).alias_bytes == W.nbytes
+    assert one.step.plan(W, X).index == 1
+    assert (two.static(W) == W * 2).all()
+    assert is_rewritten(two.static, W)
+    assert Trainer.step.__doc__ == "Docs."
+
+
+class Params(flax.struct.PyTreeNode):
+    w: jax.Array
+
+    @optimize(budget=BUDGET)
+    def grow(self, x):
+        return self.replace(w=self.w + x)
+
+
+def test_methods_of_pytrees_take_self_as_an_argument():
+    params = Params(jnp.zeros(3))
+    for _ in range(3):
+        params = params.grow(jnp.ones(3))
+    assert (params.w == 3).all()
+    assert len(params.grow.trace(jnp.ones(3)).jaxpr.in_avals) == 2
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f: jax.vmap(f, in_axes=(None, 0)),
+        lambda f: jax.jit(lambda w, x: f(w, x[0])),
+        lambda f: lambda w, x: jax.lax.scan(f, w, x),
+        lambda f: jax.grad(lambda w, x: f(w, x[0])[1]),
+        lambda f: lambda w, x: jax.jvp(lambda w: f(w, x[0]), (w,), (w,)),
+        lambda f: jax.jit(jax.vmap(jax.grad(lambda w, x: f(w, x)[1]), in_axes=(None, 0))),
+        lambda f: jax.checkpoint(lambda w, x: f(w, x[0])),
+    ],
+)
+def test_transformations_of_the_step(transform):
+    traces = []
+
+    def counted(w, x):
+        traces.append(1)
+        return sgd(w, x)
+
+    step, x = optimize(counted, budget=BUDGET), jnp.stack([X, X * 2])
+    ours, plain = transform(step)(W, x), transform(sgd)(W, x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), ours, plain)
+    assert count_eqns(jax.make_jaxpr(transform(step))(W, x), "optimization_barrier") > 0
+    assert len(traces) <= 2
+
+
+def test_under_transformations_nothing_is_compiled(compilations):
+    step = optimize(sgd, budget=BUDGET)
+    before = compilations.value
+    jax.make_jaxpr(jax.vmap(step, in_axes=(None, 0)))(W, jax.ShapeDtypeStruct((2, 4, 8), jnp.float32))
+    jax.eval_shape(step, W, X)
+    assert compilations.value == before
+
+
+def test_named_axes_and_outer_tracers():
+    step = optimize(lambda x: x / jax.lax.psum(x, "i"), budget=BUDGET)
+    np.testing.assert_allclose(jax.vmap(step, axis_name="i")(jnp.ones(4)), np.full(4, 0.25))
+
+    @jax.jit
+    def outer(x, y):
+        return optimize(lambda x: x * y, budget=BUDGET)(x)
+
+    for value in (2.0, 3.0):
+        assert outer(jnp.ones(()), jnp.float32(value)) == value
+
+
+def test_optimized_inside_optimized():
+    inner = optimize(lambda x: jnp.sin(x), budget=BUDGET)
+    check(lambda x: inner(x) * 2, X)
+
+
+def test_control_flow_custom_rules_and_checkpoint():
+    @jax.custom_vjp
+    def clipped(x):
+        return jnp.clip(x, -1, 1)
+
+    clipped.defvjp(lambda x: (clipped(x), x), lambda x, g: (g * (abs(x) < 1).astype(g.dtype),))
+
+    @jax.checkpoint
+    def body(x):
+        return jnp.sin(clipped(x))
+
+    def loss(x, n):
+        x = jax.lax.cond(n > 1, body, jnp.cos, x)
+        x = (
+            jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * 1.5), (0, jax.lax.stop_gradient(x)))[1]
+            + x
+        )
+        return jax.lax.scan(lambda c, y: (body(c) + y, c.sum()), x, jnp.ones((3, 4, 8)))[0].sum()
+
+    check(jax.value_and_grad(loss), X, jnp.int32(2))
+    check(jax.jit(jax.grad(loss)), X, jnp.int32(0))
+
+
+def test_gan_with_two_losses():
+    def step(state, z, real):
+        def generated(g):
+            return jnp.tanh(z @ g)
+
+        def critic(d, x):
+            return jax.nn.sigmoid(x @ d)
+
+        d_loss, d_grad = jax.value_and_grad(
+            lambda d: -jnp.log(critic(d, real)).mean() - jnp.log(1 - critic(d, generated(state["g"]))).mean()
+        )(state["d"])
+        g_loss, g_grad = jax.value_and_grad(lambda g: -jnp.log(critic(state["d"], generated(g))).mean())(state["g"])
+        return {"g": state["g"] - g_grad, "d": state["d"] - d_grad}, (g_loss, d_loss)
+
+    check(step, {"g": W, "d": jnp.ones((8, 1))}, X, X + 1, donate_argnums=0)
+
+
+def test_reinforcement_learning_loop_under_scan():
+    @optimize(budget=BUDGET)
+    def update(carry, key):
+        policy, position = carry
+        action = jax.random.categorical(key, policy)
+        moved = position + action.astype(jnp.float32)
+        reward = -abs(moved - 2.0)
+        grad = jax.grad(lambda p: jax.nn.log_softmax(p)[action] * reward)(policy)
+        return (policy + 0.1 * grad, moved * 0.5), reward
+
+    keys = jax.random.split(jax.random.key(0), 5)
+    start = (jnp.zeros(4), jnp.float32(0))
+    ours = jax.jit(lambda c, k: jax.lax.scan(update, c, k))(start, keys)
+    plain = jax.jit(lambda c, k: jax.lax.scan(update.__wrapped__, c, k))(start, keys)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), ours, plain)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
+        return nn.Dense(2)(nn.Dropout(0.5, deterministic=not train)(nn.relu(x)))
+
+
+class State(train_state.TrainState):
+    batch_stats: dict
+    key: jax.Array
+
+
+@pytest.mark.loose_promotion
+def test_linen_train_state_with_dropout_and_batch_stats():
+    variables = Net().init(jax.random.key(0), X, train=False)
+    state = State.create(
+        apply_fn=Net().apply, params=variables["params"], tx=optax.adamw(1e-2),
+        batch_stats=variables["batch_stats"], key=jax.random.key(1),
+    )  # fmt: skip
+
+    def step(state, x):
+        def loss(params):
+            out, new = state.apply_fn(
+                {"params": params, "batch_stats": state.batch_stats}, x, train=True,
+                rngs={"dropout": jax.random.fold_in(state.key, state.step)}, mutable=["batch_stats"],
+            )  # fmt: skip
+            return (out**2).mean(), new["batch_stats"]
+
+        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return state.apply_gradients(grads=grads, batch_stats=stats), value
+
+    ours, plain = optimize(step, budget=BUDGET, donate_argnums=0), jax.jit(step, donate_argnums=0)
+    one, two = copied(state), copied(state)
+    for _ in range(3):
+        (one, loss_one), (two, loss_two) = ours(one, X), plain(two, X)
+        assert_same((one, loss_one), (two, loss_two))
+    assert int(one.step) == 3
+    assert is_rewritten(ours, one, X)
+
+
+def sharded_arguments():
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    w = jax.device_put(W, NamedSharding(mesh, PartitionSpec(None, "model")))
+    return mesh, w, jax.device_put(X, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def test_sharded_arguments_keep_their_shardings():
+    mesh, w, x = sharded_arguments()
+    step = check(sgd, w, x)
+    assert step(w, x)[0].sharding.is_equivalent_to(w.sharding, 2)
+    check(sgd, w, x, out_shardings=(NamedSharding(mesh, PartitionSpec("data")), None))
+    spec = NamedSharding(mesh, PartitionSpec("data"))
+    check(sgd, W, X, in_shardings=(spec, NamedSharding(mesh, PartitionSpec())))
+    assert step.shardings(w, x) == ((w.sharding, x.sharding), {})
+    assert_same(step(W, X), jax.jit(sgd)(W, X))  # other shardings, another program
+    shape = jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding)
+    assert step.measure(shape, x).argument_bytes == w.nbytes // 2 + x.nbytes // 4
+
+
+def test_explicit_shardings_in_the_types():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, PartitionSpec("data")))
+    check(lambda w, x: jnp.sin(x @ w).sum(1), W, x)
+    with jax.set_mesh(mesh):
+        check(lambda x: jax.reshard(x * 2, PartitionSpec()), x)
+
+
+def test_shard_map():
+    mesh, w, x = sharded_arguments()
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec()
+    )
+    def gradient(w, x):
+        grad = jax.grad(lambda w: jnp.mean(jnp.tanh(x @ w) ** 2))(w)
+        return jax.lax.pmean(grad, "data")
+
+    check(lambda w, x: w - gradient(w, x), w, x)
+
+
+def test_disabled_runs_plain_jit(monkeypatch):
+    calls = []
+    monkeypatch.setattr(_program, "make_ladder", lambda *_: calls.append(1))
+    monkeypatch.setenv("MEMOPT_DISABLE", "1")
+    assert_same(optimize(sgd, budget=1)(W, X), jax.jit(sgd)(W, X))
+    assert not calls
+
+
+def test_no_budget_on_the_cpu_plans_nothing_and_says_so_once(caplog, monkeypatch, compilations):
+    monkeypatch.setattr(_program, "make_ladder", lambda *_: pytest.fail("planned"))
+    step = optimize(sgd)
+    with caplog.at_level(logging.INFO, "memopt"):
+        assert_same(step(W, X), jax.jit(sgd)(W, X))
+        step(W, X[:2])
+        step(W, X)
+    assert [record.getMessage() for record in caplog.records] == [
+        "sgd: no budget, and cpu has no limit: nothing is planned, the step runs plain"
+    ]
+    assert not is_rewritten(step, W, X)
+    assert_same(jax.vmap(step, in_axes=(None, 0))(W, X[None])[1], jax.vmap(sgd, in_axes=(None, 0))(W, X[None])[1])
+
+
+def test_without_verification_nothing_is_compiled_beforehand(compilations):
+    step = optimize(sgd, budget=BUDGET, verify=False)
+    w, x = W + 0, X + 0
+    before = compilations.value
+    assert_same(step(w, x), step(w, x))
+    assert compilations.value - before == 1
+
+
+def test_a_target_that_is_not_attached_cannot_be_called():
+    step = optimize(sgd, target="tpu:v5e:1x1")
+    with pytest.raises(TargetError, match="'tpu:v5e:1x1' is not attached, so the step cannot run"):
+        step(W, X)
+    assert is_rewritten(step, W, X)
+    assert step.plan(W, X).budget_bytes == int(15.75 * 2**30)
+
+
+@pytest.mark.tpu_aot
+def test_compiles_ahead_of_time_for_a_tpu():
+    step = optimize(sgd, target="tpu:v5e:1x1", donate_argnums=0)
+    compiled = step.lower(W, X).compile()
+    assert "opt-barrier" in compiled.as_text() or compiled.memory_analysis().alias_size_in_bytes > 0
+    assert step.measure(W, X).fits
+
+
+def test_what_a_step_answers():
+    step = optimize(sgd, budget=BUDGET)
+    assert step.frontier(W, X) == [FrontierPoint(2**40, 0.0, 0.0), FrontierPoint(1, 8.0, 2.0)]
+    assert step.trace(W, X).out_info[1].shape == ()
+    assert "optimization_barrier" in step.trace(W, X).lower().as_text()
+    assert step.compress(W) is W
+    assert step.decompress(W) is W
+    assert str(step.target) == "cpu"
+
+
+def test_unused_arguments_stay_in_the_jaxpr():
+    step = optimize(lambda a, unused: a * 2, budget=BUDGET)
+    assert len(step.trace(W, {"b": X, "a": X}).jaxpr.in_avals) == 3
+    assert_same(step(W, {"b": X, "a": X}), W * 2)
+
+
+def test_settings_of_jax_are_respected():
+    step = optimize(sgd, budget=BUDGET)
+    step(W, X)
+    with jax.default_matmul_precision("highest"):
+        text = step.lower(W, X).as_text()
+    assert "HIGHEST" in text
+    assert "HIGHEST" not in step.lower(W, X).as_text()
+    with jax.disable_jit():
+        assert_same(step(W, X), jax.jit(sgd)(W, X))
+
+
+def test_no_arrays_are_kept_alive():
+    step = optimize(sgd, budget=BUDGET)
+    step(W, X)
+    step(W, X)
+    program = step._core._latest
+    assert program.signature.leaves == []
+    trainer = Trainer(1.0)
+    trainer.step(W + 0, X)
+    bound = Trainer.step._bound
+    assert trainer in bound
+    del trainer
+    import gc
+
+    gc.collect()
+    assert len(bound) == 0 or all(isinstance(key, Trainer) for key in bound)
+
+
+def test_dispatch_costs_less_than_another_jit():
+    tree = {str(i): jnp.ones(4) for i in range(300)}
+    fn = functools.partial(jax.tree.map, lambda x: x + 1)
+    plain, step = jax.jit(fn), optimize(fn, budget=BUDGET)
+    ours, base = [], []
+    with contextlib.ExitStack():
+        one, two = plain(plain(tree)), step(step(tree))
+        for _ in range(30):
+            base.append(timed(plain, one))
+            ours.append(timed(step, two))
+    assert min(ours) < 2 * min(base)
+    signature = Signature.of((two,), {})
+    assert signature.same_program(step._core._latest.signature)
+
+
+def timed(fn, tree):
+    start = time.perf_counter()
+    jax.block_until_ready(fn(tree))
+    return time.perf_counter() - start
