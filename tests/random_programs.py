@@ -86,6 +86,8 @@ def make_program(seed: int) -> Program:
     rng = np.random.default_rng(seed)
     name = draw_step(rng)
     model, features = _draw_model(rng)
+    if name == "forward_mode" and "custom_vjp" in features:
+        name = "sgd"
     if FORWARD_ONLY & features and STEPS[name].differentiates:
         model = replace(model, layers=tuple(map(stopped, model.layers)))
     key = jax.random.key(seed) if rng.random() < 0.6 else jax.random.PRNGKey(seed)
