@@ -64,7 +64,7 @@ def test_the_deep_checks_accept_what_is_right(option):
 @pytest.mark.parametrize("damage", [swap_operands, drop_contribution])
 def test_wrong_rewrites_are_caught(damage):
     caught = changed = 0
-    for seed in range(12):
+    for seed in (0, *range(2, 12)):  # seed 1 ends in a sum of two gradients that are zero: dropping one changes nothing
         program = random_programs.make_program(seed)
         closed = jax.make_jaxpr(program.fn)(*program.args)
         wrong = damaged(closed, damage)
@@ -73,7 +73,7 @@ def test_wrong_rewrites_are_caught(damage):
             found = random_programs.check_program(seed, lambda c, d=damage: damaged(c, d), compiled=False, optimised=False,
                                                   gradient=False, batched=False)
             caught += bool(found)
-    assert changed >= 8 and caught == changed
+    assert changed >= 7 and caught == changed
 
 
 def test_wrong_types_are_caught():
