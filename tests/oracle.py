@@ -125,9 +125,9 @@ def _moves(graph: Graph, held: int, done: int, budget_bytes: int) -> list[tuple[
     moves = [(held & ~(1 << k), -1) for k in range(done) if held >> k & 1]
     for number in range(min(done + 1, len(graph.ops))):
         after = held | 1 << number
-        if not held >> number & 1 and all(held >> k & 1 for k in graph.ops[number].inputs):
-            if sum(op.size_bytes for k, op in enumerate(graph.ops) if after >> k & 1) <= budget_bytes:
-                moves.append((after, number))
+        ready = not held >> number & 1 and all(held >> k & 1 for k in graph.ops[number].inputs)
+        if ready and sum(op.size_bytes for k, op in enumerate(graph.ops) if after >> k & 1) <= budget_bytes:
+            moves.append((after, number))
     return moves
 
 
