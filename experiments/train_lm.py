@@ -51,7 +51,7 @@ class Settings:
 
 def define_flags() -> None:
     """Define the flags; called when this file runs as a script, never at import."""
-    flags.DEFINE_integer("steps", 24, "Training steps of each run.", lower_bound=2)
+    flags.DEFINE_integer("steps", 20, "Training steps of each run.", lower_bound=2)
     flags.DEFINE_integer("batch", 8, "Windows of text in a batch.", lower_bound=1)
     flags.DEFINE_integer("length", 512, "Bytes in a window.", lower_bound=1)
     flags.DEFINE_integer("layers", 7, "Transformer blocks, scanned.", lower_bound=1)
