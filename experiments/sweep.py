@@ -82,6 +82,7 @@ class Sweep:
         passes = [memopt.passes.Remat()]
         optimized = memopt.optimize(step, budget=budget_bytes, target=self.target, passes=passes, **options)
         try:
+            optimized.lower(*args).compile()  # plans again where the compiled peak is over
             figures = _figures(optimized.measure(*args))
         except memopt.BudgetError as error:
             return {"note": f"no plan fits: {_report.format_bytes(error.smallest_peak_bytes)} at least"}

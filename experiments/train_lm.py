@@ -51,7 +51,7 @@ class Settings:
 
 def define_flags() -> None:
     """Define the flags; called when this file runs as a script, never at import."""
-    flags.DEFINE_integer("steps", 24, "Training steps of each run.", lower_bound=2)
+    flags.DEFINE_integer("steps", 20, "Training steps of each run.", lower_bound=2)
     flags.DEFINE_integer("batch", 8, "Windows of text in a batch.", lower_bound=1)
     flags.DEFINE_integer("length", 512, "Bytes in a window.", lower_bound=1)
     flags.DEFINE_integer("layers", 7, "Transformer blocks, scanned.", lower_bound=1)
@@ -300,16 +300,15 @@ def draw(settings: Settings, budget_bytes: int) -> None:
 
     texts = [_file(settings, role, "timeline").read_text(encoding="utf-8") for role in ("plain", "memopt")]
     both = [memopt.Explanation.from_json(text) for text in texts]
-    modules = both[0].top_modules()
+    modules = list(dict.fromkeys([*both[0].top_modules(5), *both[1].top_modules(4)]))[:8]
     with _report.figure(pathlib.Path(settings.out_dir) / "train_lm.png", columns=2, size=(12, 4.8), sharey=True) as (
         drawing,
         axes,
     ):
         for axis, explanation, title in zip(axes, both, ("plain jax.jit", "memopt"), strict=True):
-            explanation.plot(axis, modules=modules)
+            explanation.plot(axis, modules=modules, legend=False)
             axis.axhline(budget_bytes / _report.MIB, color="black", linestyle="--", linewidth=1)
             axis.set_title(f"{title}: predicted peak {_report.format_bytes(explanation.peak_bytes)}")
-            axis.legend().remove() if axis.get_legend() else None
         axes[1].set_ylabel("")
         axes[1].annotate(
             "budget",
@@ -319,8 +318,10 @@ def draw(settings: Settings, budget_bytes: int) -> None:
             xytext=(0, 3),
             textcoords="offset points",
         )
-        handles, labels = axes[0].get_legend_handles_labels()
-        drawing.legend(handles[::-1], labels[::-1], loc="outside right upper", title="module")
+        named = {
+            label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        drawing.legend(list(named.values())[::-1], list(named)[::-1], loc="outside right upper", title="module")
 
 
 def main(argv: Sequence[str]) -> int:
