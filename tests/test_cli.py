@@ -1,5 +1,6 @@
 """The command: what it prints, saves and compares, its exit statuses, and a sentence for every error."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import memopt
 from memopt import _cli
+from memopt._check import compare_figures, figures_to_json
 from memopt._errors import BudgetError
 from memopt._measure import measure
 
@@ -143,6 +145,12 @@ def test_check_against_stored_figures(factories, capsys, tmp_path):
     assert run(capsys, "check", "factories:wasteful", path, "--tolerance", "51%")[0] == 0
     assert run(capsys, "check", "factories:wasteful", path, "--tolerance", "0.49")[0] == 1
     assert run(capsys, "check", "factories:donated", path)[0] == 0
+
+
+def test_a_step_that_fits_no_longer_fails_at_any_tolerance():
+    stored = measure(double, MATRIX)
+    assert not compare_figures(figures_to_json(stored), stored, 10.0).grew
+    assert compare_figures(figures_to_json(stored), dataclasses.replace(stored, fits=False), 10.0).grew
 
 
 def test_check_can_store_after_comparing(factories, capsys, tmp_path):
