@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from memopt import _compat_frontend as compat
 from memopt._budget import Budget, other_live_bytes, parse_budget, parse_reserve, resolve_budget
 from memopt._signature import JitOptions, Signature, Statics
 from memopt._target import Target
@@ -109,10 +110,14 @@ def test_shapes_and_arrays_share_a_key():
 
 
 def test_shardings_and_the_trace_context_are_part_of_the_program():
-    mesh = jax.make_mesh((8,), ("d",))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     plain = Signature.of((jnp.ones(8),), {})
     sharded = Signature.of((jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec("d"))),), {})
     assert not plain.same_program(sharded)
+    whole = Signature.of((jax.device_put(jnp.ones(8), NamedSharding(mesh, PartitionSpec())),), {})
+    assert whole.avals == sharded.avals
+    assert not whole.same_program(sharded)
+    assert whole.key() != sharded.key()
     assert plain.key() != sharded.key()
     with jax.default_matmul_precision("highest"):
         assert not plain.same_program(Signature.of((jnp.ones(8),), {}))
@@ -130,3 +135,10 @@ def test_options_are_completed_by_those_of_a_jitted_function():
     own = JitOptions(donate_argnums=(0,), donate_argnames=("state",), static_argnums=(2,))
     merged = JitOptions(donate_argnums=1).over(own)
     assert merged.keywords() == {"donate_argnums": 1, "static_argnums": (2,)}
+
+
+def test_weak_types_are_given_back():
+    strong, weak = jnp.float32(1), jax.typeof(1.0)
+    assert compat.with_weak_type(strong, weak).weak_type
+    assert not compat.with_weak_type(compat.with_weak_type(strong, weak), jax.typeof(strong)).weak_type
+    assert compat.with_weak_type(strong, jax.typeof(strong)) is strong
