@@ -130,8 +130,10 @@ class Walk:
         """Return the timeline in order, each loop's body repeated up to `SHOWN_TRIPS` times."""
         found: list[Sample] = []
         for index in self._points():
-            bytes_here = collections.Counter()
-            for item, _ in self.own(index):
+            alive, bytes_here = self.own(index), collections.Counter()
+            if not alive and not self.timeline.usage[index]:
+                continue  # another name for a buffer: nothing runs here
+            for item, _ in alive:
                 if item.kind in ("residual", "transient"):
                     bytes_here[self.describe(item)[0]] += item.bytes
             temp_bytes = int(self.timeline.usage[index])
