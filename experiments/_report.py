@@ -43,9 +43,9 @@ class Column:
 
 
 def console(width: int | None = None) -> rich_console.Console:
-    """Return the console that experiments print on, at least 100 columns wide where output is no terminal."""
+    """Return the console that experiments print on, at least 150 columns wide where output is no terminal."""
     if width is None and not sys.stdout.isatty():
-        width = max(100, int(os.environ.get("COLUMNS", "0") or 0))
+        width = max(150, int(os.environ.get("COLUMNS", "0") or 0))
     return rich_console.Console(width=width, highlight=False, soft_wrap=False)
 
 

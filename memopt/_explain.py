@@ -20,7 +20,7 @@ from memopt import _compat as c
 from memopt import _explain_plot, _inline, _timeline
 from memopt._cost import aval_bytes, padded_bytes
 from memopt._errors import format_bytes
-from memopt._explain_walk import Alive, Sample, Walk, short
+from memopt._explain_walk import Alive, Sample, Walk, general, short
 from memopt._measure import as_jitted, is_optimized, measure
 from memopt._target import Target, limit_bytes
 
@@ -319,7 +319,7 @@ def _rooted(alive: list[Alive]) -> list[Alive]:
 def _reroot(sample: Sample, roots: tuple[str, frozenset[str]]) -> Sample:
     found: collections.Counter[str] = collections.Counter()
     for path, size in sample.module_bytes.items():
-        found[_under_root(path, roots)] += size
+        found[general(_under_root(path, roots))] += size
     return dataclasses.replace(sample, module_bytes=dict(found))
 
 
@@ -369,7 +369,7 @@ def _advice(alive: Sequence[Alive]) -> list[Advice]:
     residuals: dict[str, list[Alive]] = collections.defaultdict(list)
     for item in alive:
         if item.kind == "residual":
-            residuals[item.module].append(item)
+            residuals[general(item.module)].append(item)
     for module, items in residuals.items():
         flops = sum(item.repeat_flops or 0 for item in items)
         price = f"at most {flops / 1e9:,.1f} GFLOP of matmuls" if flops >= 1e8 else "almost no matmuls"

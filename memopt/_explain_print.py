@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from memopt._errors import format_bytes
-from memopt._explain_walk import Alive, short
+from memopt._explain_walk import Alive, general, short
 
 _WIDTH = 170
 _ROWS = 16
@@ -78,11 +78,12 @@ def _alive(alive: Sequence[Alive]) -> Any:
 
 
 def _grouped(alive: Sequence[Alive]) -> list[list[Alive]]:
-    """Join leaves of one argument tree, and values that one line of one module makes, largest group first."""
+    """Join leaves of one argument tree, and values that one line of one module (of each layer) makes, largest first."""
     groups: dict[tuple, list[Alive]] = {}
     for item in alive:
         source = short(item.source)
-        key = (item.kind, item.module, source or item.operation, _tree(item))
+        tree = _tree(item)
+        key = (item.kind, general(item.module), tree or source or item.operation)
         groups.setdefault(key, []).append(item)
     return sorted(groups.values(), key=lambda group: -sum(item.bytes for item in group))
 
@@ -105,7 +106,7 @@ def _row(group: Sequence[Alive]) -> list[str]:
         size,
         group[0].kind,
         "\n".join(values),
-        group[0].module,
+        general(group[0].module),
         made_by,
         short(group[0].source),
         group[0].why + others,

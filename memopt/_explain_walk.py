@@ -19,7 +19,7 @@ from memopt._cost import matmul_flops
 #: Iterations of a loop that a timeline shows; more look no different.
 SHOWN_TRIPS = 12
 #: Points of one computation (the step, a loop's body) at which a timeline is sampled.
-SHOWN_POINTS = 160
+SHOWN_POINTS = 96
 
 _WRAPPER = re.compile(r"\b(?:jvp|transpose|vmap|jit|pjit|checkpoint|remat\d*|custom_[a-z_]*)\(([^()]*)\)")
 _PLUMBING = frozenset({"", "while", "body", "cond", "scan", "checkpoint", "rematted_computation", "closed_call"})
@@ -91,6 +91,7 @@ class Walk:
     def __init__(self, jaxpr: Any, timeline: Any, stack: str = "", trips: int = 1, backward: bool = False):
         self.jaxpr, self.timeline, self.stack, self.trips, self.backward = jaxpr, timeline, stack, trips, backward
         self.inner = {i: self._body(jaxpr.eqns[i], inner) for i, inner in timeline.inner.items()}
+        self._made_by = _makers(jaxpr)
         self._named: dict[tuple[int, int, str], tuple[str, str, str]] = {}
 
     def own(self, index: int) -> list[tuple[Any, Walk]]:
@@ -129,8 +130,10 @@ class Walk:
         """Return the timeline in order, each loop's body repeated up to `SHOWN_TRIPS` times."""
         found: list[Sample] = []
         for index in self._points():
-            bytes_here = collections.Counter()
-            for item, _ in self.own(index):
+            alive, bytes_here = self.own(index), collections.Counter()
+            if not alive and not self.timeline.usage[index]:
+                continue  # another name for a buffer: nothing runs here
+            for item, _ in alive:
                 if item.kind in ("residual", "transient"):
                     bytes_here[self.describe(item)[0]] += item.bytes
             temp_bytes = int(self.timeline.usage[index])
@@ -218,9 +221,19 @@ class Walk:
         trips = self.trips
         inner = _body_output(eqn, var)
         if inner is None:
-            return trips * _chain_flops(self.jaxpr, var, alive - {var})
+            return trips * _chain_flops(self._made_by, var, alive - {var})
         body, outvar, body_alive = inner[0], inner[1], set(_stacked_alive(eqn, alive - {var}))
-        return trips * eqn.params["length"] * _chain_flops(body, outvar, body_alive - {outvar})
+        return trips * eqn.params["length"] * _chain_flops(_makers(body), outvar, body_alive - {outvar})
+
+
+def general(module: str) -> str:
+    """Return a module path with the numbers of layers left open, so that equal layers are one.
+
+    Example:
+        >>> general("GPT2/block_11/attn")
+        'GPT2/block_*/attn'
+    """
+    return re.sub(r"(?:(?<=_)|(?<=/)|^)\d+(?=/|$)", "*", module)
 
 
 def short(source: str) -> str:
@@ -275,8 +288,11 @@ def _stacked_alive(eqn: Any, alive: set[Any]) -> Iterator[Any]:
             yield inner
 
 
-def _chain_flops(jaxpr: Any, var: Any, alive: set[Any]) -> float:
-    makers = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+def _makers(jaxpr: Any) -> dict[Any, Any]:
+    return {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+
+
+def _chain_flops(makers: dict[Any, Any], var: Any, alive: set[Any]) -> float:
     todo, done, total = [var], set(), 0.0
     while todo:
         eqn = makers.get(todo.pop())

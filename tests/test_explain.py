@@ -167,6 +167,11 @@ def test_module_paths_have_their_wrappers_taken_off(stack, path):
     assert _explain_walk.module_path(stack) == path
 
 
+def test_equal_layers_are_one_module():
+    assert _explain_walk.general("GPT2/block_11/attn") == "GPT2/block_*/attn"
+    assert _explain_walk.general("net/blocks/0/mlp2") == "net/blocks/*/mlp2"
+
+
 def test_groups_of_a_picture_split_the_largest_module_first():
     sizes = {"net/a/x": 500, "net/a/y": 400, "net/b": 300, "net/tiny": 1, "": 10}
     assert _explain_plot.top_modules(sizes, limit=3) == ["net/a/x", "net/a/y", "net/b"]
