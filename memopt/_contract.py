@@ -8,8 +8,8 @@ planner nor another pass. Everything a pass can say today is below; other kinds 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, runtime_checkable
 
 from memopt._survey import Survey
 
@@ -25,6 +25,29 @@ class Repeat:
 
     op: int
     seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """Another way to keep a value until it is read again: encoded where it is made, decoded where it is read.
+
+    Attributes:
+      value: the value's id in the survey's graph.
+      seconds: predicted time of encoding and decoding it once.
+      bytes: bytes of the encoded value, of one run of the operation that makes it.
+      encode: the value -> a pytree of arrays; traced once.
+      decode: that pytree -> a value of the same shape and dtype; traced once.
+      error: largest relative error that the decoded value may have; 0.0 is exact.
+      name: what the plan calls this form, such as `"int8"`.
+    """
+
+    value: int
+    seconds: float
+    bytes: int
+    encode: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
+    error: float = 0.0
+    name: str = "encoded"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +67,6 @@ class Pass(Protocol):
         """The pass's name in plans."""
         ...
 
-    def propose(self, survey: Survey) -> Iterable[Repeat | Left]:
+    def propose(self, survey: Survey) -> Iterable[Repeat | Store | Left]:
         """Yield what may be done to this step."""
         ...

@@ -92,14 +92,16 @@ def _override(known: dict[str, int], name: str, choice: str, never: set[int], al
     (never if choice == KEEP else always).add(op)
 
 
-def decisions(survey: Survey, names: Names, repeats: Mapping[int, Any], repeatable: Mapping[int, float]) -> list[Decision]:
-    """Return a row for every value that the plan keeps for later or runs again, largest first."""
+def decisions(survey: Survey, names: Names, chosen: Any, repeatable: Mapping[int, float]) -> list[Decision]:
+    """Return a row for every value that the plan (a `Choice`) keeps for later or runs again, largest first."""
+    repeats = chosen.repeats
     rows: dict[int, tuple[str, int, int]] = {}
     for value, place in _read_later(survey, repeats):
         item = survey.graph.values[value]
         if item.op is None and item.kind != g.CARRY_IN:
             continue
-        choice = RECOMPUTE if item.op is not None and item.op.id in repeats.get(place, ()) else KEEP
+        form = chosen.stores[value].name if value in chosen.stores else KEEP
+        choice = RECOMPUTE if item.op is not None and item.op.id in repeats.get(place, ()) else form
         count = rows[value][2] if value in rows else 0
         rows[value] = (choice, survey.kept_bytes(value, place), count + 1)
     out = [_row(survey, names, value, *row, repeatable) for value, row in rows.items()]

@@ -12,13 +12,17 @@ inputs at the same place. A value needed in several places is kept up to one of 
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from ortools.graph.python import max_flow
 
 from memopt import _graph as g
 from memopt import _segments
+from memopt._contract import Store
 from memopt._survey import Survey
 
 SOURCE, SINK = 0, 1
@@ -29,6 +33,24 @@ MOST_NODES_A_PLACE = 2000  # beyond these the nearest operations are candidates,
 MOST_NODES = 40_000
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice:
+    """What one cut decided.
+
+    Attributes:
+      repeats: segment -> operations that are run again there.
+      stores: value -> the form that it is kept in, for values that are not kept as they are.
+    """
+
+    repeats: Mapping[int, frozenset[int]]
+    stores: Mapping[int, Store] = dataclasses.field(default_factory=dict)
+
+    @property
+    def key(self) -> Any:
+        """A hashable form; equal choices have equal keys."""
+        return frozenset(self.repeats.items()), frozenset((v, id(s)) for v, s in self.stores.items())
+
+
 class Network:
     """The cut's structure, built once; prices change per `solve`.
 
@@ -37,15 +59,27 @@ class Network:
       repeatable: operation id -> seconds of one run, of all operations that may be run again.
       hot: segments where memory may bind; needs that span none of them are kept for nothing.
       always: operations whose results are never kept for a later place.
+      stores: other forms in which values may be kept.
     """
 
     def __init__(
-        self, survey: Survey, repeatable: dict[int, float], hot: np.ndarray, always: frozenset[int] = frozenset()
+        self,
+        survey: Survey,
+        repeatable: dict[int, float],
+        hot: np.ndarray,
+        always: frozenset[int] = frozenset(),
+        stores: Sequence[Store] = (),
     ):
         self.survey = survey
         self.graph = survey.graph
         self.repeatable = repeatable
         self.always = always
+        self.stores: dict[int, list[Store]] = {}
+        for store in stores:
+            self.stores.setdefault(store.value, []).append(store)
+        self.encodings: list[
+            tuple
+        ] = []  # (arc, value), another form of keeping it, runs of the operation that makes it
         self.hot = np.concatenate([[0], np.cumsum(hot.astype(np.int64))])
         self.nodes: dict[tuple, int] = {}
         self.op_nodes: dict[tuple[int, int], int] = {}
@@ -62,12 +96,22 @@ class Network:
             self._expand(*item)
         self._seal()
 
-    def solve(self, prices: np.ndarray) -> dict[int, frozenset[int]]:
-        """Return segment -> operations to run again there, at these prices (seconds per byte, per segment)."""
+    def solve(self, prices: np.ndarray) -> Choice:
+        """Return the cheapest choice at these prices (seconds per byte, per segment)."""
         if not len(self.tails):
-            return {}
+            return Choice({})
         total = np.concatenate([[0.0], np.cumsum(prices)])
-        cost = self.seconds + self.held * (total[self.last + 1] - total[self.first])
+        span = total[self.last + 1] - total[self.first]
+        cost = self.seconds + self.held * span
+        encoded = {}
+        for (arc, value), store, runs in self.encodings:
+            price = (
+                store.seconds * runs
+                + self.held[arc] * store.bytes / max(1, self.survey.bytes_of_value(value)) * span[arc]
+            )
+            if price < cost[arc]:
+                cost[arc] = price
+                encoded[arc] = (value, store)
         forced = ~np.isfinite(self.seconds)
         capacity = np.minimum(np.where(forced, 0.0, cost) / _UNIT, _LARGEST).astype(np.int64)
         capacity[forced] = _INFINITE
@@ -80,7 +124,12 @@ class Network:
         for (op, place), node in self.op_nodes.items():
             if node in sink_side:
                 chosen.setdefault(place, set()).add(op)
-        return {place: frozenset(ops) for place, ops in chosen.items()}
+        kept = {
+            value: store
+            for arc, (value, store) in encoded.items()
+            if self.heads[arc] in sink_side and self.tails[arc] not in sink_side
+        }
+        return Choice({place: frozenset(ops) for place, ops in chosen.items()}, kept)
 
     def _node(self) -> int:
         self.count += 1
@@ -156,6 +205,9 @@ class Network:
             first = max(first, self._when(*chained) + 1)
         held = self.survey.kept_bytes(value, place)
         op_node = self._operation(item.op, place) if item.op is not None else None
+        if first <= last:
+            runs = self.graph.regions[item.region].trips
+            self.encodings += [((len(self.arcs), value), store, runs) for store in self.stores.get(value, ())]
         if op_node is None:
             self._arc(SOURCE, node, 0.0, held, first, last)
             return

@@ -28,6 +28,11 @@ class Decision:
       value_bytes: bytes of keeping it; in a loop, of its stack.
       choice: `"keep"` or `"recompute"`.
       reason: one sentence.
+
+    Example:
+      >>> import memopt
+      >>> memopt.Decision("mlp/dot_general.0", "mlp", "model.py:3", 4096, "keep", "read in 1 later place").choice
+      'keep'
     """
 
     name: str
@@ -57,6 +62,7 @@ class Plan:
       target: the target's text.
       fingerprint: what the plan was made for: step, JAX version, target, passes.
       repeats: the plan itself: time segment -> numbers of the operations that are run again there.
+      stores: and value -> the form that it is kept in.
       variant: how loops were divided before planning.
 
     Example:
@@ -82,12 +88,14 @@ class Plan:
     target: str
     fingerprint: Mapping[str, str]
     repeats: Mapping[int, tuple[int, ...]]
+    stores: Mapping[int, str] = dataclasses.field(default_factory=dict)
     variant: tuple[int, ...] = ()
 
     def to_json(self) -> str:
         """Return the plan as a JSON string, for `Plan.from_json`."""
         data = dataclasses.asdict(self)
         data["repeats"] = {str(k): list(v) for k, v in self.repeats.items()}
+        data["stores"] = {str(k): v for k, v in self.stores.items()}
         return json.dumps({"memopt_plan": FORMAT, **data}, indent=1)
 
     @staticmethod
@@ -104,6 +112,7 @@ class Plan:
                 raise ValueError(f"This saved plan has format {found}, and this memopt reads {FORMAT}: plan again.")
             data["decisions"] = tuple(Decision(**d) for d in data["decisions"])
             data["repeats"] = {int(k): tuple(v) for k, v in data["repeats"].items()}
+            data["stores"] = {int(k): v for k, v in data["stores"].items()}
             data["notes"], data["variant"] = tuple(data["notes"]), tuple(data["variant"])
             return Plan(**data)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:

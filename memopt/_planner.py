@@ -21,9 +21,9 @@ import numpy as np
 
 from memopt import _apply, _cost, _inline, _specs, _timeline
 from memopt import _compat as c
-from memopt._contract import Left, Repeat
+from memopt._contract import Left, Repeat, Store
 from memopt._decisions import Names, decisions, settle
-from memopt._network import Network
+from memopt._network import Choice, Network
 from memopt._plan import Decision, Plan, fingerprint
 from memopt._survey import Survey
 
@@ -43,7 +43,7 @@ class Rung:
       predicted_peak_bytes: predicted peak per device.
       seconds: predicted time that the plan adds to the step as written.
       recompute_flops: matmul and convolution FLOPs that it adds.
-      repeats: time segment -> operations run again there.
+      choice: what is run again where, and what is kept in another form.
       price: the price of memory, in seconds per byte, at which the cut chose it; None for the step as written.
     """
 
@@ -51,7 +51,7 @@ class Rung:
     predicted_peak_bytes: int
     seconds: float
     recompute_flops: float
-    repeats: dict[int, frozenset[int]]
+    choice: Choice
     timeline: Any
     price: float | None = None
     bins: dict[Any, int] = dataclasses.field(default_factory=dict, repr=False)
@@ -87,7 +87,7 @@ class Ladder:
         """Return the readable plan of a rung."""
         rung = self.rungs[index or 0]
         step = self.step
-        rows = step.decisions(rung.repeats)
+        rows = step.decisions(rung.choice)
         return Plan(
             baseline_peak_bytes=self.rungs[0].predicted_peak_bytes,
             predicted_peak_bytes=rung.predicted_peak_bytes,
@@ -101,7 +101,8 @@ class Ladder:
             notes=tuple(dict.fromkeys(f"{x.what} was left as it was: {x.why}." for x in step.left)),
             target=str(step.target),
             fingerprint=step.fingerprint,
-            repeats={place: tuple(sorted(ops)) for place, ops in sorted(rung.repeats.items())},
+            repeats={place: tuple(sorted(ops)) for place, ops in sorted(rung.choice.repeats.items())},
+            stores={value: store.name for value, store in sorted(rung.choice.stores.items())},
         )
 
     def _gap(self, rung: Rung, budget_bytes: int | None) -> float:
@@ -122,6 +123,7 @@ class _Step:
         self.left: list[Left] = []
         self.survey: Survey | None = None
         self.repeatable: dict[int, float] = {}
+        self.stores: list[Store] = []
         self.always: set[int] = set()
         if passes:
             self._survey(overrides)
@@ -136,11 +138,22 @@ class _Step:
         never, self.always = settle(self.survey, self.names, overrides)
         self.repeatable = {x.op: x.seconds for x in proposals if isinstance(x, Repeat) and x.op not in never}
         self.always &= set(self.repeatable)
+        self.stores = [x for x in proposals if isinstance(x, Store) and self._kept_by_op(x) not in never]
         self.left = [x for x in proposals if isinstance(x, Left)]
 
-    def decisions(self, repeats: Mapping[int, frozenset[int]]) -> list[Decision]:
+    def _kept_by_op(self, store: Store) -> int | None:
+        maker = self.survey.graph.values[store.value].op
+        return None if maker is None else maker.id
+
+    def decisions(self, choice: Choice) -> list[Decision]:
         """Return the rows of a plan."""
-        return [] if self.survey is None else decisions(self.survey, self.names, repeats, self.repeatable)
+        return [] if self.survey is None else decisions(self.survey, self.names, choice, self.repeatable)
+
+    def choice_of(self, plan: Plan) -> Choice:
+        """Return the choice that a saved plan holds."""
+        forms = {(store.value, store.name): store for store in self.stores}
+        repeats = {place: frozenset(ops) for place, ops in plan.repeats.items()}
+        return Choice(repeats, {value: forms[value, name] for value, name in plan.stores.items()})
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
@@ -195,13 +208,13 @@ def ladder_of_plan(
     if step.survey is None:
         return Ladder([plain], step, time.perf_counter() - start)
     search = _Search(step, donated, plain)
-    rung = search.score({place: frozenset(ops) for place, ops in plan.repeats.items()})
+    rung = search.score(step.choice_of(plan))
     return Ladder([rung], step, time.perf_counter() - start)
 
 
 def _plain_rung(closed: Any, donated: Sequence[bool], target: Any) -> Rung:
     timeline = _timeline.simulate(closed, donated=donated, target=target)
-    return Rung(closed, timeline.peak_bytes, 0.0, 0.0, {}, timeline)
+    return Rung(closed, timeline.peak_bytes, 0.0, 0.0, Choice({}), timeline)
 
 
 class _Search:
@@ -215,15 +228,16 @@ class _Search:
         self.plain = plain
         self.seen: dict[Any, Rung] = {}
         self.undone_seconds = 0.0
-        kept = self.score({})
+        kept = self.score(Choice({}))
         spec = self.survey.spec
         self.undone_seconds = step.baseline_seconds - _cost.jaxpr_seconds(kept.closed, spec)
         kept.seconds -= self.undone_seconds
 
     def run(self) -> list[Rung]:
-        kept = self.score({})
-        usage = self.usage(kept)
-        self.network = Network(self.survey, self.repeatable, usage > _HOT * usage.max(initial=0), self.step.always)
+        usage = self.usage(self.score(Choice({})))
+        self.network = Network(
+            self.survey, self.repeatable, usage > _HOT * usage.max(initial=0), self.step.always, self.step.stores
+        )
         self.unit = self.step.baseline_seconds / max(1.0, usage.max(initial=0))
         self.sweep(usage)
         self.descend(usage)
@@ -239,8 +253,11 @@ class _Search:
         span = max(r.predicted_peak_bytes for r in found.values()) - min(r.predicted_peak_bytes for r in found.values())
         for _ in range(_REFINEMENTS):
             ordered = sorted(found.items())
-            gaps = [(a[1].predicted_peak_bytes - b[1].predicted_peak_bytes, a[0], b[0])
-                    for a, b in zip(ordered, ordered[1:], strict=False) if b[0] > 1.05 * a[0]]
+            gaps = [
+                (a[1].predicted_peak_bytes - b[1].predicted_peak_bytes, a[0], b[0])
+                for a, b in zip(ordered, ordered[1:], strict=False)
+                if b[0] > 1.05 * a[0]
+            ]
             gap, low, high = max(gaps, default=(0, 0.0, 0.0))
             if gap <= 0.06 * span:
                 break
@@ -261,20 +278,22 @@ class _Search:
             usage = self.usage(rung)
             step *= 2.5
 
-    def score(self, repeats: dict[int, frozenset[int]], price: float | None = None) -> Rung:
+    def score(self, choice: Choice, price: float | None = None) -> Rung:
         """Build and simulate a plan, once."""
-        key = frozenset(repeats.items())
+        key = choice.key
         if key not in self.seen:
-            closed, bins = _apply.apply(self.survey.graph, repeats)
+            closed, bins = _apply.apply(self.survey.graph, choice.repeats)
             timeline = _timeline.simulate(closed, donated=self.donated, target=self.survey.target)
             flops = _cost.matmul_flops(closed) - self.step.baseline_flops
-            seconds = self._seconds(repeats) - self.undone_seconds
-            self.seen[key] = Rung(closed, timeline.peak_bytes, seconds, flops, repeats, timeline, price, bins)
+            seconds = self._seconds(choice) - self.undone_seconds
+            self.seen[key] = Rung(closed, timeline.peak_bytes, seconds, flops, choice, timeline, price, bins)
         return self.seen[key]
 
-    def _seconds(self, repeats: dict[int, frozenset[int]]) -> float:
-        regions = self.survey.region_of_bin
-        return sum(self.repeatable[op] * regions[place].trips for place, ops in repeats.items() for op in ops)
+    def _seconds(self, choice: Choice) -> float:
+        regions, graph = self.survey.region_of_bin, self.survey.graph
+        repeated = sum(self.repeatable[op] * regions[p].trips for p, ops in choice.repeats.items() for op in ops)
+        encoded = sum(s.seconds * graph.regions[graph.values[v].region].trips for v, s in choice.stores.items())
+        return repeated + encoded
 
     def usage(self, rung: Rung) -> np.ndarray:
         """Return the largest predicted bytes of temporaries in each time segment."""

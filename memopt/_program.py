@@ -52,11 +52,7 @@ def default_passes() -> Sequence[Any]:
     """Return `memopt.passes.default()`."""
     from memopt import passes
 
-    if hasattr(passes, "default"):
-        return passes.default()
-    from memopt.passes.remat import Remat  # until the passes list their defaults
-
-    return [Remat()]
+    return passes.default()
 
 
 @dataclass(eq=False)

@@ -58,6 +58,10 @@ class Survey:
             return self._one[value]
         return self._stack_bytes(item.id)
 
+    def bytes_of_value(self, value: int) -> int:
+        """Return the bytes of one such value, not of its stack."""
+        return self._one[value]
+
     def span(self, value: int, place: int) -> tuple[int, int] | None:
         """Return the first and last segment in which keeping a value for this place costs memory (None: none does)."""
         item = self.graph.values[value]
