@@ -96,7 +96,7 @@ def decisions(survey: Survey, names: Names, chosen: Any, repeatable: Mapping[int
     """Return a row for every value that the plan (a `Choice`) keeps for later or runs again, largest first."""
     repeats = chosen.repeats
     rows: dict[int, tuple[str, int, int]] = {}
-    for value, place in _read_later(survey, repeats):
+    for value, place in survey.read_later(repeats):
         item = survey.graph.values[value]
         if item.op is None and item.kind != g.CARRY_IN:
             continue
@@ -106,17 +106,6 @@ def decisions(survey: Survey, names: Names, chosen: Any, repeatable: Mapping[int
         rows[value] = (choice, survey.kept_bytes(value, place), count + 1)
     out = [_row(survey, names, value, *row, repeatable) for value, row in rows.items()]
     return sorted(out, key=lambda d: (-d.value_bytes, d.name))
-
-
-def _read_later(survey: Survey, repeats: Mapping[int, Any]):
-    yield from survey.needs()
-    for place, ops in repeats.items():
-        for op in ops:
-            for v in survey.graph.ops[op].inputs:
-                if v is not None:
-                    item = survey.graph.values[v]
-                    if item.op is None or item.op.bin < place or not survey.is_here(v, place):
-                        yield v, place
 
 
 def _row(survey, names, value, choice, size, count, repeatable) -> Decision:

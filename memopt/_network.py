@@ -211,7 +211,8 @@ class Network:
         if op_node is None:
             self._arc(SOURCE, node, 0.0, held, first, last)
             return
-        self._arc(op_node, node, np.inf if item.op.id in self.always else 0.0, held, first, last)
+        seconds = self.survey.keep_seconds(value, place) if first <= last else 0.0
+        self._arc(op_node, node, np.inf if item.op.id in self.always else seconds, held, first, last)
         if chained is not None and (item.op.id, chained[1]) in self.op_nodes:
             self._arc(op_node, self.op_nodes[item.op.id, chained[1]])
 

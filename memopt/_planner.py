@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from memopt import _apply, _cost, _inline, _specs, _timeline
+from memopt import _apply, _cost, _inline, _sink, _specs, _timeline
 from memopt import _compat as c
 from memopt._contract import Left, Repeat, Store
 from memopt._decisions import Names, decisions, settle
@@ -131,7 +131,7 @@ class _Step:
     def _survey(self, overrides: Mapping[str, str] | None) -> None:
         respect = any(getattr(p, "respect_checkpoint", False) for p in self.passes)
         flat = _inline.inline(self.closed, respect_checkpoint=respect)
-        flat = c.close(c.dce(flat)[0], c.jaxpr_consts(flat))
+        flat = _sink.sink(c.close(c.dce(flat)[0], c.jaxpr_consts(flat)))
         self.survey = Survey(flat, self.target)
         self.names = Names(self.survey)
         proposals = [x for p in self.passes for x in p.propose(self.survey)]
@@ -241,7 +241,7 @@ class _Search:
         self.unit = self.step.baseline_seconds / max(1.0, usage.max(initial=0))
         self.sweep(usage)
         self.descend(usage)
-        return _hull([self.plain, *self.seen.values()])
+        return [self.plain, *_hull(self.plain, list(self.seen.values()))]
 
     def sweep(self, usage: np.ndarray) -> None:
         """Find the lower hull of peak against time for one price in all segments that the peak's bytes reach.
@@ -292,6 +292,7 @@ class _Search:
     def _seconds(self, choice: Choice) -> float:
         regions, graph = self.survey.region_of_bin, self.survey.graph
         repeated = sum(self.repeatable[op] * regions[p].trips for p, ops in choice.repeats.items() for op in ops)
+        repeated += self.survey.kept_seconds(choice.repeats)
         encoded = sum(s.seconds * graph.regions[graph.values[v].region].trips for v, s in choice.stores.items())
         return repeated + encoded
 
@@ -314,11 +315,11 @@ def _spread(jaxpr: Any, timeline: Any, outside: float, bins: dict, usage: np.nda
                 _spread(c.open_jaxpr(body), inner, base, bins, usage)
 
 
-def _hull(rungs: list[Rung]) -> list[Rung]:
-    """Drop every plan that another one beats in peak and cost; largest peak first."""
+def _hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:
+    """Drop every plan that another one beats in peak and cost, or that saves nothing; largest peak first."""
     ordered = sorted(rungs, key=lambda r: (r.seconds, r.recompute_flops, r.predicted_peak_bytes))
     out: list[Rung] = []
     for rung in ordered:
-        if not out or rung.predicted_peak_bytes < out[-1].predicted_peak_bytes:
+        if rung.predicted_peak_bytes < (out[-1] if out else plain).predicted_peak_bytes:
             out.append(rung)
     return out

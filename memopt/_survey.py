@@ -8,7 +8,7 @@ keeping a value, and which values are needed where. It decides nothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ class Survey:
       bins: number of time segments over all regions.
       region_of_bin: segment -> region.
       seconds: operation id -> predicted seconds of one run.
+      repeat_seconds: operation id -> seconds of a second run next to its reader: an element-wise operation or a
+        reduction fuses there, and takes no traffic of its own.
       repeated_bytes: value id -> bytes that a repeat of it holds while it lives, 0 where XLA fuses it away.
     """
 
@@ -40,6 +42,10 @@ class Survey:
         self.bins = _segments.assign(self.graph)
         self.region_of_bin = [r for r in self.graph.regions for _ in r.bins]
         self.seconds = [_cost.eqn_seconds(op.eqn, self.spec) for op in self.graph.ops]
+        lean = self.spec.without_memory()
+        self.repeat_seconds = [
+            _cost.eqn_seconds(op.eqn, lean) if _fuses(op) else self.seconds[op.id] for op in self.graph.ops
+        ]
         self._held_until = self._holds()
         self.repeated_bytes = self._repeated_bytes()
 
@@ -77,8 +83,46 @@ class Survey:
             first = max(first, held + 1)
         return None if first > last else (first, last)
 
-    def needs(self) -> Iterator[tuple[int, int]]:
-        """Yield `(value, place)` for everything that an operation reads and that was made in an earlier segment."""
+    def keep_seconds(self, value: int, place: int) -> float:
+        """Return the seconds of writing a kept value and reading it back; one that is no fusion's is written anyway."""
+        item = self.graph.values[value]
+        op = item.op
+        passes = 1.0 if op is None or not _fuses(op) else 2.0
+        return passes * self.kept_bytes(value, place) / self.spec.memory_bytes_per_second
+
+    def kept_seconds(self, repeats: Mapping[int, frozenset[int]]) -> float:
+        """Return the seconds of writing and reading what a plan keeps for later segments and loops."""
+        total = 0.0
+        for value, place in self.read_later(repeats):
+            item = self.graph.values[value]
+            if (item.op is None or item.op.id not in repeats.get(place, ())) and self.span(value, place) is not None:
+                if item.kind not in (g.CONST_IN, g.XS_IN):
+                    total += self.keep_seconds(value, place)
+        return total
+
+    def read_later(self, repeats: Mapping[int, frozenset[int]]) -> Iterator[tuple[int, int]]:
+        """Yield `(value, place)` for all that is read in a later segment or loop, by the step's operations or repeats."""
+        yield from self.needs()
+        seen = set(self.needs())
+        for place, ops in repeats.items():
+            for op in ops:
+                for v in self.graph.ops[op].inputs:
+                    if v is None or (v, place) in seen:
+                        continue
+                    item = self.graph.values[v]
+                    if not self.is_here(v, place) or (item.op is not None and item.op.bin < place):
+                        seen.add((v, place))
+                        yield v, place
+
+    @functools.cached_property
+    def _needs(self) -> list[tuple[int, int]]:
+        return list(self._find_needs())
+
+    def needs(self) -> list[tuple[int, int]]:
+        """Return `(value, place)` for everything that an operation reads and that was made in an earlier segment."""
+        return self._needs
+
+    def _find_needs(self) -> Iterator[tuple[int, int]]:
         seen: set[tuple[int, int]] = set()
         for region in self.graph.regions:
             for op in region.ops:
@@ -134,3 +178,9 @@ class Survey:
 
 
 _FREE = frozenset("broadcast_in_dim reshape squeeze expand_dims iota convert_element_type transpose slice rev".split())
+_REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split())
+
+
+def _fuses(op: g.Op) -> bool:
+    name = op.eqn.primitive.name
+    return name in _fusion.ELEMENTWISE or name in _FREE or name in _REDUCTIONS

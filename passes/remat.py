@@ -54,4 +54,4 @@ class Remat:
             elif name == "while":
                 yield Left(name, "its number of iterations is not known before it runs")
             elif name not in _NEVER and not op.feeds and not op.mapped:
-                yield Repeat(op.id, survey.seconds[op.id] + _EACH_SECONDS)
+                yield Repeat(op.id, survey.repeat_seconds[op.id] + _EACH_SECONDS)
