@@ -84,7 +84,9 @@ class Network:
         self.nodes: dict[tuple, int] = {}
         self.op_nodes: dict[tuple[int, int], int] = {}
         self.count = 2
-        self.arcs: list[tuple] = []  # tail, head, seconds, bytes held, first and last segment that they are held in
+        self.arcs: list[
+            tuple
+        ] = []  # tail, head, seconds, bytes held, first and last segment that they are held in, operation
         self.queue: list[tuple] = []
         self.per_place: dict[int, int] = {}
         self.depth = 0  # operations between a need and what is being expanded: the nearest are expanded first
@@ -96,13 +98,19 @@ class Network:
             self._expand(*item)
         self._seal()
 
-    def solve(self, prices: np.ndarray) -> Choice:
-        """Return the cheapest choice at these prices (seconds per byte, per segment)."""
+    def solve(self, prices: np.ndarray, factors: np.ndarray | None = None) -> Choice:
+        """Return the cheapest choice at these prices (seconds per byte, per segment).
+
+        Args:
+          prices: the price of memory in each segment.
+          factors: what each operation's seconds are multiplied by, to look at other choices that cost about the same.
+        """
         if not len(self.tails):
             return Choice({})
         total = np.concatenate([[0.0], np.cumsum(prices)])
         span = total[self.last + 1] - total[self.first]
-        cost = self.seconds + self.held * span
+        seconds = self.seconds if factors is None else self.seconds * np.append(factors, 1.0)[self.operation]
+        cost = seconds + self.held * span
         encoded = {}
         for (arc, value), store, runs in self.encodings:
             price = (
@@ -135,8 +143,8 @@ class Network:
         self.count += 1
         return self.count - 1
 
-    def _arc(self, tail, head, seconds=np.inf, held=0.0, first=0, last=-1) -> None:
-        self.arcs.append((tail, head, seconds, held, first, last))
+    def _arc(self, tail, head, seconds=np.inf, held=0.0, first=0, last=-1, op=-1) -> None:
+        self.arcs.append((tail, head, seconds, held, first, last, op))
 
     def _price_repeats(self) -> None:
         """Price each operation's repeats: one run, shared by places near each other, and bytes from first to last use."""
@@ -151,18 +159,18 @@ class Network:
                 seconds = self.repeatable[op] * region.trips
                 node = self.op_nodes[op, place]
                 if before is not None and before in region.bins and place - before <= _segments.near(region):
-                    self._arc(self.op_nodes[op, before], node, seconds)
+                    self._arc(self.op_nodes[op, before], node, seconds, op=op)
                     self._arc(SOURCE, node, 0.0, there, before + 1, place)
                 else:
-                    self._arc(SOURCE, node, seconds, there, place, place)
+                    self._arc(SOURCE, node, seconds, there, place, place, op)
                 before = place
 
     def _seal(self) -> None:
         self._price_repeats()
-        table = np.array(self.arcs, dtype=np.float64).reshape(-1, 6)
+        table = np.array(self.arcs, dtype=np.float64).reshape(-1, 7)
         self.tails, self.heads = table[:, 0].astype(np.int32), table[:, 1].astype(np.int32)
         self.seconds, self.held = table[:, 2], table[:, 3]
-        self.first, self.last = table[:, 4].astype(np.int64), table[:, 5].astype(np.int64)
+        self.first, self.last, self.operation = (table[:, k].astype(np.int64) for k in (4, 5, 6))
         self.arcs = []
 
     def _hard_needs(self) -> None:
@@ -211,7 +219,7 @@ class Network:
         if op_node is None:
             self._arc(SOURCE, node, 0.0, held, first, last)
             return
-        seconds = self.survey.keep_seconds(value, place) if first <= last else 0.0
+        seconds = self.survey.keep_seconds(value, place) if first <= last and chained is None else 0.0
         self._arc(op_node, node, np.inf if item.op.id in self.always else seconds, held, first, last)
         if chained is not None and (item.op.id, chained[1]) in self.op_nodes:
             self._arc(op_node, self.op_nodes[item.op.id, chained[1]])

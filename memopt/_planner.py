@@ -31,7 +31,8 @@ from memopt._survey import Survey
 _HOT = 0.5  # segments that hold less than this share of the peak's temporaries cannot bind
 _SWEEP = tuple(np.geomspace(5e-4, 2.0, 9))  # prices tried, in units of the step's seconds per byte of its temporaries
 _REFINEMENTS = 6  # prices tried between two of these
-_ASCENTS = 4  # times that the price is raised where the smallest plan still binds
+_VARIATIONS = 16  # cuts with varied costs
+_VARIED = 0.5  # standard deviation of the logarithm of a varied cost
 
 
 @dataclasses.dataclass(eq=False)
@@ -229,8 +230,8 @@ class _Search:
         self.seen: dict[Any, Rung] = {}
         self.undone_seconds = 0.0
         kept = self.score(Choice({}))
-        spec = self.survey.spec
-        self.undone_seconds = step.baseline_seconds - _cost.jaxpr_seconds(kept.closed, spec)
+        undone = step.baseline_seconds - _cost.jaxpr_seconds(kept.closed, self.survey.spec)
+        self.undone_seconds = undone + kept.seconds
         kept.seconds -= self.undone_seconds
 
     def run(self) -> list[Rung]:
@@ -240,7 +241,7 @@ class _Search:
         )
         self.unit = self.step.baseline_seconds / max(1.0, usage.max(initial=0))
         self.sweep(usage)
-        self.descend(usage)
+        self.vary(usage)
         return [self.plain, *_hull(self.plain, list(self.seen.values()))]
 
     def sweep(self, usage: np.ndarray) -> None:
@@ -266,17 +267,27 @@ class _Search:
     def _at(self, price: float, weights: np.ndarray) -> Rung:
         return self.score(self.network.solve(price * weights), price)
 
-    def descend(self, usage: np.ndarray) -> None:
-        """From the smallest plan of the sweep, raise the price only where memory still binds (dual ascent)."""
-        start = min(self.seen.values(), key=lambda r: (r.predicted_peak_bytes, r.seconds))
-        prices = (start.price or 0.0) * (usage > _HOT * usage.max(initial=0))
-        usage = self.usage(start)
-        step = 0.5 * self.unit
-        for _ in range(_ASCENTS):
-            prices = prices + step * (usage > 0.97 * usage.max(initial=0))
-            rung = self.score(self.network.solve(prices), float(prices.max()))
-            usage = self.usage(rung)
-            step *= 2.5
+    def vary(self, usage: np.ndarray) -> None:
+        """Look between hull points: operations that cost alike are told apart by varied costs, where the gap is largest.
+
+        At one price all of them are kept or all repeated; with costs that differ a little, some are and some are not.
+        """
+        weights = (usage > _HOT * usage.max(initial=0)).astype(float)
+        random = np.random.default_rng(0)
+        for _ in range(_VARIATIONS):
+            rungs = _hull(self.plain, list(self.seen.values()))
+            gaps = [
+                (a.predicted_peak_bytes - b.predicted_peak_bytes, i)
+                for i, (a, b) in enumerate(zip(rungs, rungs[1:], strict=False))
+                if a.price and b.price
+            ]
+            gap, at = max(gaps, default=(0, 0))
+            if gap <= 0.02 * self.plain.predicted_peak_bytes:
+                break
+            prices = sorted((rungs[at].price, rungs[at + 1].price))
+            price = float(np.exp(random.uniform(*np.log(prices))))
+            factors = np.exp(random.normal(0.0, _VARIED, len(self.survey.graph.ops)))
+            self.score(self.network.solve(price * weights, factors), price)
 
     def score(self, choice: Choice, price: float | None = None) -> Rung:
         """Build and simulate a plan, once."""
@@ -292,7 +303,6 @@ class _Search:
     def _seconds(self, choice: Choice) -> float:
         regions, graph = self.survey.region_of_bin, self.survey.graph
         repeated = sum(self.repeatable[op] * regions[p].trips for p, ops in choice.repeats.items() for op in ops)
-        repeated += self.survey.kept_seconds(choice.repeats)
         encoded = sum(s.seconds * graph.regions[graph.values[v].region].trips for v, s in choice.stores.items())
         return repeated + encoded
 
@@ -317,9 +327,11 @@ def _spread(jaxpr: Any, timeline: Any, outside: float, bins: dict, usage: np.nda
 
 def _hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:
     """Drop every plan that another one beats in peak and cost, or that saves nothing; largest peak first."""
-    ordered = sorted(rungs, key=lambda r: (r.seconds, r.recompute_flops, r.predicted_peak_bytes))
+    ordered = sorted(rungs, key=lambda r: (r.recompute_flops, r.seconds, r.predicted_peak_bytes))
     out: list[Rung] = []
     for rung in ordered:
         if rung.predicted_peak_bytes < (out[-1] if out else plain).predicted_peak_bytes:
             out.append(rung)
+    for before, rung in zip(out, out[1:], strict=False):
+        rung.seconds = max(rung.seconds, before.seconds)  # fewer FLOPs for more bytes may take longer: say the longer
     return out

@@ -17,6 +17,9 @@ from memopt import _compat as c
 from memopt import _cost, _fusion, _segments, _specs
 from memopt import _graph as g
 
+#: Share of an operation's roofline seconds that a repeat takes at least, where memory and not arithmetic is the limit.
+REPEATED_TRAFFIC = 0.1
+
 
 class Survey:
     """A step, measured.
@@ -31,7 +34,8 @@ class Survey:
       region_of_bin: segment -> region.
       seconds: operation id -> predicted seconds of one run.
       repeat_seconds: operation id -> seconds of a second run next to its reader: an element-wise operation or a
-        reduction fuses there, and takes no traffic of its own.
+        reduction fuses there and takes no traffic of its own; of another one's traffic, which mostly replaces that of
+        the kept value, `REPEATED_TRAFFIC` counts.
       repeated_bytes: value id -> bytes that a repeat of it holds while it lives, 0 where XLA fuses it away.
     """
 
@@ -43,9 +47,10 @@ class Survey:
         self.region_of_bin = [r for r in self.graph.regions for _ in r.bins]
         self.seconds = [_cost.eqn_seconds(op.eqn, self.spec) for op in self.graph.ops]
         lean = self.spec.without_memory()
-        self.repeat_seconds = [
-            _cost.eqn_seconds(op.eqn, lean) if _fuses(op) else self.seconds[op.id] for op in self.graph.ops
-        ]
+        self.repeat_seconds = []
+        for op, seconds in zip(self.graph.ops, self.seconds, strict=True):
+            arithmetic = _cost.eqn_seconds(op.eqn, lean)
+            self.repeat_seconds.append(arithmetic if _fuses(op) else max(arithmetic, REPEATED_TRAFFIC * seconds))
         self._held_until = self._holds()
         self.repeated_bytes = self._repeated_bytes()
 
@@ -84,21 +89,14 @@ class Survey:
         return None if first > last else (first, last)
 
     def keep_seconds(self, value: int, place: int) -> float:
-        """Return the seconds of writing a kept value and reading it back; one that is no fusion's is written anyway."""
-        item = self.graph.values[value]
-        op = item.op
-        passes = 1.0 if op is None or not _fuses(op) else 2.0
-        return passes * self.kept_bytes(value, place) / self.spec.memory_bytes_per_second
+        """Return the seconds of writing a kept value and reading it back, beyond what its operation takes anyway.
 
-    def kept_seconds(self, repeats: Mapping[int, frozenset[int]]) -> float:
-        """Return the seconds of writing and reading what a plan keeps for later segments and loops."""
-        total = 0.0
-        for value, place in self.read_later(repeats):
-            item = self.graph.values[value]
-            if (item.op is None or item.op.id not in repeats.get(place, ())) and self.span(value, place) is not None:
-                if item.kind not in (g.CONST_IN, g.XS_IN):
-                    total += self.keep_seconds(value, place)
-        return total
+        What no fusion makes is written in any case; a loop's stack is also read slice by slice.
+        """
+        op = self.graph.values[value].op
+        passes = 0.0 if op is None or not _fuses(op) else 1.0
+        passes += 0.0 if self.is_here(value, place) else 1.0
+        return passes * self.kept_bytes(value, place) / self.spec.memory_bytes_per_second
 
     def read_later(self, repeats: Mapping[int, frozenset[int]]) -> Iterator[tuple[int, int]]:
         """Yield `(value, place)` for all that is read in a later segment or loop, by the step's operations or repeats."""
