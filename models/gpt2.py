@@ -141,7 +141,7 @@ class GPT2(nn.Module):
         return embed.attend(_norm(config, "ln_f")(x))
 
     def _scanned(self, x: jax.Array) -> jax.Array:
-        rngs = {"params": True, "dropout": True}
+        rngs: dict[Any, bool] = {"params": True, "dropout": True}
         layers = nn.scan(self.block, variable_axes={"params": 0}, split_rngs=rngs, length=self.config.layers)
         return layers(self.config, name="blocks")(x, None)[0]
 

@@ -219,11 +219,12 @@ class Llama(nn.Module):
         return embed.attend(x) if config.tied else _dense(config, config.vocabulary, "head")(x)
 
     def _scanned(self, x: jax.Array, table: Rotation) -> jax.Array:
+        shared: Any = nn.broadcast
         layers = nn.scan(
             self.block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=shared,
             length=self.config.layers,
         )
         return layers(self.config, name="blocks")(x, table)[0]

@@ -78,7 +78,7 @@ class LSTM(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         config = self.config
         dtypes = {"dtype": config.dtype, "param_dtype": config.param_dtype}
-        x = nn.Embed(config.vocabulary, config.width, name="embed", **dtypes)(tokens)
+        x: Any = nn.Embed(config.vocabulary, config.width, name="embed", **dtypes)(tokens)
         for i in range(config.layers):
             cell = self.block(config.width, name=f"cell_{i}", **dtypes)
             x = nn.RNN(cell, name=f"layer_{i}")(self._dropout(x))

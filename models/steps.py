@@ -148,7 +148,8 @@ def make_args(name: str, axis: Literal["batch", "length"] = "batch", **options: 
     """
 
     def args(size: int) -> Args:
-        return reference_step(name, **(options | {axis: size}))[1]
+        sized: dict[str, Any] = {**options, axis: size}
+        return reference_step(name, **sized)[1]
 
     return args
 

@@ -160,7 +160,7 @@ class ViT(nn.Module):
         return x + self.param("positions", init, (1, *x.shape[1:]), config.param_dtype).astype(config.dtype)
 
     def _scanned(self, x: jax.Array) -> jax.Array:
-        rngs = {"params": True}
+        rngs: dict[Any, bool] = {"params": True}
         layers = nn.scan(self.block, variable_axes={"params": 0}, split_rngs=rngs, length=self.config.layers)
         return layers(self.config, name="blocks")(x, None)[0]
 
