@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from memopt import _apply, _inline
+from memopt import _apply, _inline, _sink
 from memopt import _compat as c
 from memopt._planner import make_ladder
 from memopt._survey import Survey
@@ -23,7 +23,8 @@ TARGET = "tpu:v5e:1x1"
 def survey_of(closed: Any, *, respect_checkpoint: bool = False) -> Survey:
     """Return a step's survey, as the planner makes it."""
     flat = _inline.inline(closed, respect_checkpoint=respect_checkpoint)
-    return Survey(c.close(c.dce(flat)[0], c.jaxpr_consts(flat)), Target.parse(TARGET))
+    flat = _sink.sink(c.close(c.dce(flat)[0], c.jaxpr_consts(flat)))
+    return Survey(flat, Target.parse(TARGET))
 
 
 def repeatable(survey: Survey) -> dict[int, list[int]]:
