@@ -320,9 +320,8 @@ def _spread(jaxpr: Any, timeline: Any, outside: float, bins: dict, usage: np.nda
             usage[place] = max(usage[place], outside + timeline.usage[i])
         inner = timeline.inner.get(i)
         if inner is not None:
-            for _, _, body in c.subjaxprs(eqn.params)[:1]:
-                base = outside + timeline.usage[i] - max(inner.usage.max(initial=0), 0)
-                _spread(c.open_jaxpr(body), inner, base, bins, usage)
+            base = outside + timeline.usage[i] - max(inner.usage.max(initial=0), 0)
+            _spread(inner.body, inner, base, bins, usage)
 
 
 def _hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:

@@ -50,6 +50,7 @@ class Timeline:
     inner: dict[int, Any]
     peak_index: int
     _live: Any = None
+    body: Any = None  # for an inner timeline, the open jaxpr whose equations `usage` counts
 
     def alive(self, index: int | None = None) -> list[Live]:
         """Return what is alive at equation `index` (the peak by default), largest first, bodies entered at their peak."""
@@ -94,7 +95,7 @@ def _inner_timeline(run: _Run) -> Timeline:
     temp = int(run.usage.max(initial=0))
     inner = {i: _inner_timeline(r) for i, r in run.inner.items()}
     peak = int(run.usage.argmax()) if run.usage.size else 0
-    return Timeline(0, 0, 0, temp, temp, run.usage, inner, peak, run.alive)
+    return Timeline(0, 0, 0, temp, temp, run.usage, inner, peak, run.alive, run.jaxpr)
 
 
 def _alias_bytes(jaxpr: Any, flags: Sequence[bool], platform: str) -> int:
@@ -118,6 +119,7 @@ class _Run:
     """The liveness of one computation; bodies of its equations are runs of their own."""
 
     def __init__(self, jaxpr: Any, platform: str, cache: dict):
+        self.jaxpr = jaxpr
         self.graph = graph = tg.flatten(jaxpr, platform)
         self.count = len(jaxpr.eqns)
         self.kept = _fusion.stored(graph)

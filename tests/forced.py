@@ -1,0 +1,69 @@
+"""Rewrites for the tests: in comes a closed jaxpr, out comes a rewritten one; what is repeated is drawn, not planned.
+
+``force`` draws operations to run again for every time segment and builds that, whatever it costs: small programs leave the
+planner little to do, and this asks of the builders everything that any planner could. ``rungs`` takes the planner's own plans.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from memopt import _apply, _inline, _sink
+from memopt import _compat as c
+from memopt._planner import make_ladder
+from memopt._survey import Survey
+from memopt._target import Target
+from memopt.passes import Remat
+
+TARGET = "tpu:v5e:1x1"
+
+
+def survey_of(closed: Any, *, respect_checkpoint: bool = False) -> Survey:
+    """Return a step's survey, as the planner makes it."""
+    flat = _inline.inline(closed, respect_checkpoint=respect_checkpoint)
+    flat = _sink.sink(c.close(c.dce(flat)[0], c.jaxpr_consts(flat)))
+    return Survey(flat, Target.parse(TARGET))
+
+
+def repeatable(survey: Survey) -> dict[int, list[int]]:
+    """Return segment -> operations that may be run again there: earlier ones of its region, and of its source regions."""
+    allowed = {p.op for p in Remat().propose(survey) if hasattr(p, "op")}
+    found: dict[int, list[int]] = {}
+    for place, region in enumerate(survey.region_of_bin):
+        here = [op.id for op in region.ops if op.id in allowed and op.bin < place]
+        there = [op.id for s in region.sources for op in survey.graph.regions[s].ops if op.id in allowed]
+        if here or there:
+            found[place] = here + there
+    return found
+
+
+def force(closed: Any, *, share: float, seed: int = 0) -> Any:
+    """Return the step with this share of everything that may be repeated repeated, drawn for each segment apart."""
+    survey = survey_of(closed)
+    rng = np.random.default_rng(seed)
+    repeats = {p: frozenset(op for op in ops if rng.random() < share) for p, ops in repeatable(survey).items()}
+    return _apply.apply(survey.graph, repeats)[0]
+
+
+def forced(share: float, seed: int = 0) -> Callable[[Any], Any]:
+    """Return ``force`` with these settings."""
+    return functools.partial(force, share=share, seed=seed)
+
+
+def ladder(closed: Any) -> list[Any]:
+    """Return the planner's rewritten steps, largest peak first, the plain step left out."""
+    rungs = make_ladder(closed, donated=(False,) * len(closed.in_avals), target=Target.parse(TARGET), passes=[Remat()]).rungs
+    return [r.closed for r in rungs]
+
+
+def smallest(closed: Any) -> Any:
+    """Return the planner's step of the smallest predicted peak."""
+    return ladder(closed)[-1]
+
+
+def middle(closed: Any) -> Any:
+    """Return a step from the middle of the planner's ladder."""
+    found = ladder(closed)
+    return found[len(found) // 2]
