@@ -42,21 +42,12 @@ class _Body:
         self.region = region
         self.eqns: list[Any] = []
         self.local: dict[int, Any] = {}  # value of a source region -> the variable that brings it into this body
-        self.clones: dict[int, tuple[int, Any]] = {}  # value -> segment of its latest repeat's latest use, its variable
-        self.near = _segments.near(region)
+        self.clones: dict[int, tuple[int, Any]] = {}  # value -> first segment of its latest repeat, its variable
         self.new_consts: list[tuple[Any, int]] = []  # (variable, value outside)
         self.new_xs: list[tuple[Any, Any]] = []  # (variable, value outside or the stacked variable itself)
         self.outs: list[Any] = []
         self.pending: list[tuple[int, g.Op, _Body]] = []  # loops whose outputs are settled when the region is done
         self.latest: Any = None  # the variable made last by an original operation that XLA materialises
-
-    def clone(self, value: int, segment: int) -> Any | None:
-        """Return the variable of a repeat that this segment may share, if there is one."""
-        used, var = self.clones.get(value, (None, None))
-        if used is None or segment - used > self.near:
-            return None
-        self.clones[value] = (segment, var)
-        return var
 
     @property
     def touched(self) -> bool:
@@ -67,6 +58,7 @@ class _Builder:
     def __init__(self, graph: g.Graph, repeats: Mapping[int, frozenset[int]]):
         self.graph = graph
         self.repeats = repeats
+        self.chains = _segments.chains(graph, repeats)
         self.extra: dict[int, dict[int, Any]] = {}  # loop -> {body value: variable of its new stack}
         self.bin_of: dict[Any, int] = {}
 
@@ -143,12 +135,17 @@ class _Builder:
         here = item.region == body.region.id
         if item.op is not None and item.op.id in self.repeats.get(segment, ()):
             if not here or item.op.bin < segment:
-                return body.clone(value, segment) or self._repeat(body, item.op, segment, value)
+                return self._clone(body, value, segment) or self._repeat(body, item.op, segment, value)
         if here:
             return item.var
         if value not in body.local:
             body.local[value] = self._bring(body, item)
         return body.local[value]
+
+    def _clone(self, body: _Body, value: int, segment: int) -> Any | None:
+        """Return the variable of a repeat that this segment shares with an earlier one, if there is one."""
+        first, var = body.clones.get(value, (None, None))
+        return var if first == self.chains[self.graph.values[value].op.id, segment] else None
 
     def _bring(self, body: _Body, item: g.Value) -> Any:
         """Make a source region's value readable in this body: by constant, by slice, or by a stack of it."""
@@ -186,7 +183,7 @@ class _Builder:
             outvars = [v if isinstance(v, c.DropVar) else c.Var(v.aval) for v in one.eqn.outvars]
             body.eqns.append(c.replace_eqn(one.eqn, invars=invars, outvars=outvars))
             for o, var in zip(one.outputs, outvars, strict=True):
-                body.clones[o] = (segment, var)
+                body.clones[o] = (self.chains[one.id, segment], var)
                 self.bin_of[var] = segment
         return body.clones[value][1]
 
@@ -202,7 +199,7 @@ class _Builder:
             for o in one.inputs:
                 maker = None if o is None else self.graph.values[o].op
                 if maker is not None and maker.id in planned and (maker.region != body.region.id or maker.bin < segment):
-                    if body.clone(o, segment) is None:
+                    if self._clone(body, o, segment) is None:
                         stack.append(maker)
         return sorted(order.values(), key=lambda one: one.id)
 

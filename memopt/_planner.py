@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from memopt import _apply, _cost, _inline, _sink, _specs, _timeline
+from memopt import _apply, _cost, _inline, _segments, _sink, _specs, _timeline
 from memopt import _compat as c
 from memopt._contract import Left, Repeat, Store
 from memopt._decisions import Names, decisions, settle
 from memopt._network import Choice, Network
 from memopt._plan import Decision, Plan, fingerprint
+from memopt._refine import holding, refine
 from memopt._survey import Survey
 
 
@@ -221,10 +222,12 @@ def _plain_rung(closed: Any, donated: Sequence[bool], target: Any) -> Rung:
 class _Search:
     """The sweep of prices and what it finds."""
 
+    holding = staticmethod(holding)
+
     def __init__(self, step: _Step, donated: Sequence[bool], plain: Rung):
         self.step = step
         self.survey = step.survey
-        self.repeatable = step.repeatable
+        self.repeatable, self.always = step.repeatable, step.always
         self.donated = donated
         self.plain = plain
         self.seen: dict[Any, Rung] = {}
@@ -242,6 +245,7 @@ class _Search:
         self.unit = self.step.baseline_seconds / max(1.0, usage.max(initial=0))
         self.sweep(usage)
         self.vary(usage)
+        refine(self)
         return [self.plain, *_hull(self.plain, list(self.seen.values()))]
 
     def sweep(self, usage: np.ndarray) -> None:
@@ -302,7 +306,8 @@ class _Search:
 
     def _seconds(self, choice: Choice) -> float:
         regions, graph = self.survey.region_of_bin, self.survey.graph
-        repeated = sum(self.repeatable[op] * regions[p].trips for p, ops in choice.repeats.items() for op in ops)
+        runs = sorted({(op, first) for (op, _), first in _segments.chains(graph, choice.repeats).items()})
+        repeated = sum(self.repeatable[op] * regions[first].trips for op, first in runs)
         encoded = sum(s.seconds * graph.regions[graph.values[v].region].trips for v, s in choice.stores.items())
         return repeated + encoded
 

@@ -8,6 +8,8 @@ an unrolled model; a loop is a segment of its own. It prices nothing.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from memopt import _cost
@@ -15,6 +17,7 @@ from memopt import _graph as g
 
 MOST_SEGMENTS = 64  # a region, however long: more segments cost planning time and decide no better
 NEAR = 20  # uses of a repeated value at most 1/NEAR of a region's segments apart share one repeat
+ALONE = -1  # in a plan, in place of a segment: operations whose repeats no two segments share
 ONE_SEGMENT_BODY = 300  # a loop body of up to so many operations is one segment
 
 
@@ -60,6 +63,25 @@ def _necks(crossing: np.ndarray, lo: int, hi: int, step: int) -> list[int]:
 def near(region: g.Region) -> int:
     """Return how many segments apart two uses of a repeated value may be to share one repeat."""
     return max(1, len(region.bins) // NEAR)
+
+
+def chains(graph: g.Graph, repeats: Mapping[int, frozenset[int]]) -> dict[tuple[int, int], int]:
+    """Return, for each operation and segment in which a plan has a repeat of it, the first segment of the same repeat.
+
+    A repeat serves all segments that follow each other at most `near` apart, and is held from the first to the last
+    reader in them; so a segment without a reader says that a repeat is kept for the next one.
+    """
+    first: dict[tuple[int, int], int] = {}
+    alone = repeats.get(ALONE, frozenset())
+    for region in graph.regions:
+        latest: dict[int, int] = {}
+        for place in sorted(p for p in repeats if p in region.bins):
+            for op in repeats[place]:
+                before = latest.get(op)
+                shared = before is not None and op not in alone and place - before <= near(region)
+                first[op, place] = first[op, before] if shared else place
+                latest[op] = place
+    return first
 
 
 def _crossing_bytes(graph: g.Graph, region: g.Region) -> np.ndarray:

@@ -103,7 +103,7 @@ class Survey:
         yield from self.needs()
         seen = set(self.needs())
         for place, ops in repeats.items():
-            for op in ops:
+            for op in ops if place != _segments.ALONE else ():
                 for v in self.graph.ops[op].inputs:
                     if v is None or (v, place) in seen:
                         continue
