@@ -164,15 +164,21 @@ def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
 
 
-def fingerprint(closed: Any, target: Any, passes: Any) -> dict[str, str]:
-    """Return what identifies a step for a saved plan: its jaxpr's structure, JAX's version, the target, the passes."""
+def fingerprint(closed: Any, target: Any, passes: Any, local: Any = None) -> dict[str, str]:
+    """Return what identifies a step for a saved plan: its jaxpr's structure, JAX's version, the target, the passes.
+
+    Of a sharded step (`local`) also the mesh and how the arguments are split.
+    """
     import jax
 
     from memopt._fingerprint import jaxpr_digest
 
-    return {
+    found = {
         "jax version": jax.__version__,
         "target": str(target),
         "passes": ", ".join(sorted(map(repr, passes))),
         "jaxpr": jaxpr_digest(closed),
     }
+    if local is not None:
+        found["shardings"] = local.describe(closed)
+    return found

@@ -23,6 +23,7 @@ from memopt import _apply, _cost, _inline, _segments, _sink, _specs, _timeline
 from memopt import _compat as c
 from memopt._contract import Left, Repeat, Store
 from memopt._decisions import Names, decisions, settle
+from memopt._local import Shardings, local_shapes
 from memopt._network import Choice, Network
 from memopt._plan import Decision, Plan, fingerprint
 from memopt._refine import holding, refine
@@ -100,7 +101,7 @@ class Ladder:
             optimality_gap=self._gap(rung, budget_bytes) / max(step.baseline_seconds, 1e-12),
             planning_seconds=self.planning_seconds,
             decisions=tuple(rows),
-            notes=tuple(dict.fromkeys(f"{x.what} was left as it was: {x.why}." for x in step.left)),
+            notes=(*step.notes, *dict.fromkeys(f"{x.what} was left as it was: {x.why}." for x in step.left)),
             target=str(step.target),
             fingerprint=step.fingerprint,
             repeats={place: tuple(sorted(ops)) for place, ops in sorted(rung.choice.repeats.items())},
@@ -118,10 +119,14 @@ class Ladder:
 class _Step:
     """A step as the planner sees it: surveyed, with what the passes proposed."""
 
-    def __init__(self, closed: Any, target: Any, passes: Sequence[Any], overrides: Mapping[str, str] | None):
+    def __init__(
+        self, closed: Any, target: Any, passes: Sequence[Any], overrides: Mapping[str, str] | None, shardings: Any
+    ):
         self.closed, self.target, self.passes = closed, target, passes
+        self.local = None if shardings is None else local_shapes(self.flat, shardings)
+        self.notes = () if self.local is None else self.local.notes
         self.baseline_flops = _cost.matmul_flops(closed)
-        self.baseline_seconds = _cost.jaxpr_seconds(closed, _specs.spec_for(target))
+        self.baseline_seconds = self.seconds(closed)
         self.left: list[Left] = []
         self.survey: Survey | None = None
         self.repeatable: dict[int, float] = {}
@@ -130,11 +135,20 @@ class _Step:
         if passes:
             self._survey(overrides)
 
-    def _survey(self, overrides: Mapping[str, str] | None) -> None:
+    @functools.cached_property
+    def flat(self) -> Any:
+        """The step without plain calls and dead code."""
         respect = any(getattr(p, "respect_checkpoint", False) for p in self.passes)
         flat = _inline.inline(self.closed, respect_checkpoint=respect)
-        flat = _sink.sink(c.close(c.dce(flat)[0], c.jaxpr_consts(flat)))
-        self.survey = Survey(flat, self.target)
+        return _sink.sink(c.close(c.dce(flat)[0], c.jaxpr_consts(flat)))
+
+    def seconds(self, closed: Any) -> float:
+        """Return one device's predicted seconds of this step or of a rewrite of it."""
+        twin = closed if self.local is None else self.local.twin(closed)
+        return _cost.jaxpr_seconds(twin, _specs.spec_for(self.target))
+
+    def _survey(self, overrides: Mapping[str, str] | None) -> None:
+        self.survey = Survey(self.flat, self.target, self.local)
         self.names = Names(self.survey)
         proposals = [x for p in self.passes for x in p.propose(self.survey)]
         never, self.always = settle(self.survey, self.names, overrides)
@@ -160,7 +174,7 @@ class _Step:
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
         """What a saved plan of this step is good for."""
-        return fingerprint(self.closed, self.target, self.passes)
+        return fingerprint(self.closed, self.target, self.passes, self.local)
 
 
 def make_ladder(
@@ -171,6 +185,7 @@ def make_ladder(
     passes: Sequence[Any],
     overrides: Mapping[str, str] | None = None,
     scopes: Any = None,
+    shardings: Shardings | None = None,
 ) -> Ladder:
     """Plan a step.
 
@@ -181,6 +196,7 @@ def make_ladder(
       passes: the passes that may propose; without any the ladder holds the step as written alone.
       overrides: decision name -> `"keep"` or `"recompute"`.
       scopes: unused; marks are read from name stacks.
+      shardings: those of the arguments and results, where any is sharded; all figures are then per device.
 
     Returns:
       The ladder.
@@ -189,14 +205,21 @@ def make_ladder(
       ValueError: an override names nothing or asks for something unknown.
     """
     start = time.perf_counter()
-    step = _Step(closed, target, passes, overrides)
-    plain = _plain_rung(closed, donated, target)
+    step = _Step(closed, target, passes, overrides, shardings)
+    plain = _plain_rung(step, donated)
     rungs = [plain] if step.survey is None else _Search(step, donated, plain).run()
     return Ladder(rungs, step, time.perf_counter() - start)
 
 
 def ladder_of_plan(
-    closed: Any, plan: Plan, *, donated: Sequence[bool], target: Any, passes: Sequence[Any], scopes: Any = None
+    closed: Any,
+    plan: Plan,
+    *,
+    donated: Sequence[bool],
+    target: Any,
+    passes: Sequence[Any],
+    scopes: Any = None,
+    shardings: Shardings | None = None,
 ) -> Ladder:
     """Return the ladder of one saved plan, applied without planning.
 
@@ -204,9 +227,9 @@ def ladder_of_plan(
       ValueError: the plan was made for another step, target, JAX version or set of passes.
     """
     start = time.perf_counter()
-    plan.check_fingerprint(fingerprint(closed, target, passes))
-    step = _Step(closed, target, passes, None)
-    plain = _plain_rung(closed, donated, target)
+    step = _Step(closed, target, passes, None, shardings)
+    plan.check_fingerprint(step.fingerprint)
+    plain = _plain_rung(step, donated)
     if step.survey is None:
         return Ladder([plain], step, time.perf_counter() - start)
     search = _Search(step, donated, plain)
@@ -214,9 +237,9 @@ def ladder_of_plan(
     return Ladder([rung], step, time.perf_counter() - start)
 
 
-def _plain_rung(closed: Any, donated: Sequence[bool], target: Any) -> Rung:
-    timeline = _timeline.simulate(closed, donated=donated, target=target)
-    return Rung(closed, timeline.peak_bytes, 0.0, 0.0, Choice({}), timeline)
+def _plain_rung(step: _Step, donated: Sequence[bool]) -> Rung:
+    timeline = _timeline.simulate(step.closed, donated=donated, target=step.target, local=step.local)
+    return Rung(step.closed, timeline.peak_bytes, 0.0, 0.0, Choice({}), timeline)
 
 
 class _Search:
@@ -233,8 +256,7 @@ class _Search:
         self.seen: dict[Any, Rung] = {}
         self.undone_seconds = 0.0
         kept = self.score(Choice({}))
-        undone = step.baseline_seconds - _cost.jaxpr_seconds(kept.closed, self.survey.spec)
-        self.undone_seconds = undone + kept.seconds
+        self.undone_seconds = step.baseline_seconds - step.seconds(kept.closed)
         kept.seconds -= self.undone_seconds
 
     def run(self) -> list[Rung]:
@@ -298,7 +320,8 @@ class _Search:
         key = choice.key
         if key not in self.seen:
             closed, bins = _apply.apply(self.survey.graph, choice.repeats)
-            timeline = _timeline.simulate(closed, donated=self.donated, target=self.survey.target)
+            local = self.step.local
+            timeline = _timeline.simulate(closed, donated=self.donated, target=self.survey.target, local=local)
             flops = _cost.matmul_flops(closed) - self.step.baseline_flops
             seconds = self._seconds(choice) - self.undone_seconds
             self.seen[key] = Rung(closed, timeline.peak_bytes, seconds, flops, choice, timeline, price, bins)

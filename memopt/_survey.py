@@ -27,6 +27,7 @@ class Survey:
     Args:
       closed: inlined closed jaxpr.
       target: the target (`memopt._target.Target`).
+      local: of a sharded step, what one device holds; bytes and seconds are then per device.
 
     Attributes:
       graph: the numbered graph.
@@ -39,20 +40,29 @@ class Survey:
       repeated_bytes: value id -> bytes that a repeat of it holds while it lives, 0 where XLA fuses it away.
     """
 
-    def __init__(self, closed: Any, target: Any):
+    def __init__(self, closed: Any, target: Any, local: Any = None):
         self.target = target
+        self.local = local
         self.spec = _specs.spec_for(target)
         self.graph = g.Graph(closed)
         self.bins = _segments.assign(self.graph)
         self.region_of_bin = [r for r in self.graph.regions for _ in r.bins]
-        self.seconds = [_cost.eqn_seconds(op.eqn, self.spec) for op in self.graph.ops]
+        self.seconds = [_cost.eqn_seconds(self._on_device(op.eqn), self.spec) for op in self.graph.ops]
         lean = self.spec.without_memory()
         self.repeat_seconds = []
         for op, seconds in zip(self.graph.ops, self.seconds, strict=True):
-            arithmetic = _cost.eqn_seconds(op.eqn, lean)
+            arithmetic = _cost.eqn_seconds(self._on_device(op.eqn), lean)
             self.repeat_seconds.append(arithmetic if _fuses(op) else max(arithmetic, REPEATED_TRAFFIC * seconds))
         self._held_until = self._holds()
         self.repeated_bytes = self._repeated_bytes()
+
+    def _on_device(self, eqn: Any) -> Any:
+        return eqn if self.local is None else self.local.equation(eqn)
+
+    def aval_of(self, value: int) -> Any:
+        """Return a value's abstract value, on one device where the step is sharded."""
+        var = self.graph.values[value].var
+        return var.aval if self.local is None else self.local.aval(var)
 
     def bytes_of(self, aval: Any) -> int:
         """Return the bytes of one such array on the target, tile padding included."""
@@ -157,13 +167,13 @@ class Survey:
 
     @functools.cached_property
     def _one(self) -> list[int]:
-        return [self.bytes_of(v.aval) for v in self.graph.values]
+        return [self.bytes_of(self.aval_of(v.id)) for v in self.graph.values]
 
     @functools.cache  # noqa: B019 (a survey lives as long as its ladder)
     def _stack_bytes(self, value: int) -> int:
         item = self.graph.values[value]
         length = self.graph.regions[item.region].op.eqn.params["length"]
-        return self.bytes_of(c.stacked_aval(item.aval, length))
+        return self.bytes_of(c.stacked_aval(self.aval_of(value), length))
 
     def _repeated_bytes(self) -> list[int]:
         """Count a repeated value's bytes where its operation is one that XLA materialises, else nothing."""

@@ -58,7 +58,9 @@ class Timeline:
         return sorted(found, key=lambda item: -item.bytes)
 
 
-def simulate(closed_jaxpr: Any, *, donated: Sequence[bool] = (), target: Any, cache: dict | None = None) -> Timeline:
+def simulate(
+    closed_jaxpr: Any, *, donated: Sequence[bool] = (), target: Any, cache: dict | None = None, local: Any = None
+) -> Timeline:
     """Predict the memory timeline of the compiled program of `closed_jaxpr`.
 
     Args:
@@ -66,10 +68,12 @@ def simulate(closed_jaxpr: Any, *, donated: Sequence[bool] = (), target: Any, ca
       donated: a flag for each argument; missing ones are not donated.
       target: a `Target` or a platform name.
       cache: an optional dict, kept by the caller, that shares the results of bodies between calls.
+      local: of a sharded step, what one device holds (`memopt._local.Local`); all bytes are then per device.
 
     Returns:
       The timeline.
     """
+    closed_jaxpr = closed_jaxpr if local is None else local.twin(closed_jaxpr)
     platform = getattr(target, "platform", None) or str(target).split(":")[0]
     jaxpr = getattr(closed_jaxpr, "jaxpr", closed_jaxpr)
     run = _Run(jaxpr, platform, {} if cache is None else cache)
