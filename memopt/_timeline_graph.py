@@ -8,6 +8,7 @@ Nothing here decides what is fused or when a buffer dies; nothing here may chang
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -73,11 +74,17 @@ def logical_bytes(aval: Any) -> int:
 
 def buffer_bytes(aval: Any, platform: str) -> int:
     """Return the bytes that a buffer of `aval` takes on `platform`, tile-padded on TPU for the best layout."""
-    size = logical_bytes(aval)
+    shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
+    return 0 if shape is None or dtype is None else _buffer_bytes(tuple(shape), dtype, platform)
+
+
+@functools.lru_cache(maxsize=65536)
+def _buffer_bytes(shape: tuple[int, ...], dtype: Any, platform: str) -> int:
+    size = math.prod(shape) * _item_bytes(dtype)
     if platform != "tpu" or size == 0:
         return size if size == 0 else -(-size // 64) * 64
-    item = max(1, _item_bytes(aval.dtype))
-    return max(512, math.prod(_tiled(tuple(aval.shape), item)) * item)
+    item = max(1, _item_bytes(dtype))
+    return max(512, math.prod(_tiled(shape, item)) * item)
 
 
 def _tiled(shape: tuple[int, ...], item: int) -> tuple[int, ...]:
