@@ -64,10 +64,17 @@ def _entries(repeats: Mapping[int, frozenset[int]]) -> Plan:
 
 
 def _repeats(plan: Plan) -> dict[int, frozenset[int]]:
+    return {place: frozenset(ops) for place, ops in sorted(_by_place(plan).items())}
+
+
+def _by_place(plan: Plan) -> dict[int, set[int]]:
     found: dict[int, set[int]] = {}
-    for op, place in sorted(plan):
-        found.setdefault(place, set()).add(op)
-    return {place: frozenset(ops) for place, ops in sorted(found.items())}
+    for op, place in plan:
+        if place in found:
+            found[place].add(op)
+        else:
+            found[place] = {op}
+    return found
 
 
 @dataclasses.dataclass(slots=True)
@@ -114,7 +121,7 @@ class _Play:
 
     def __init__(self, model: _Model, plan: Plan):
         self.model = model
-        self.planned = _repeats(plan)
+        self.planned = _by_place(plan)
         self.chain = _segments.chains(model.graph, self.planned)
         self.clones: dict[int, tuple[int, int]] = {}
         self.op: list[int] = []

@@ -8,7 +8,7 @@ an unrolled model; a loop is a segment of its own. It prices nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import numpy as np
 
@@ -65,20 +65,21 @@ def near(region: g.Region) -> int:
     return max(1, len(region.bins) // NEAR)
 
 
-def chains(graph: g.Graph, repeats: Mapping[int, frozenset[int]]) -> dict[tuple[int, int], int]:
+def chains(graph: g.Graph, repeats: Mapping[int, Set[int]]) -> dict[tuple[int, int], int]:
     """Return, for each operation and segment in which a plan has a repeat of it, the first segment of the same repeat.
 
     A repeat serves all segments that follow each other at most `near` apart, and is held from the first to the last
     reader in them; so a segment without a reader says that a repeat is kept for the next one.
     """
     first: dict[tuple[int, int], int] = {}
-    alone = repeats.get(ALONE, frozenset())
+    alone = repeats.get(ALONE, ())
     for region in graph.regions:
+        reach = near(region)
         latest: dict[int, int] = {}
         for place in sorted(p for p in repeats if p in region.bins):
             for op in repeats[place]:
                 before = latest.get(op)
-                shared = before is not None and op not in alone and place - before <= near(region)
+                shared = before is not None and place - before <= reach and op not in alone
                 first[op, place] = first[op, before] if shared else place
                 latest[op] = place
     return first
