@@ -43,8 +43,8 @@ class _Body:
         self.eqns: list[Any] = []
         self.local: dict[int, Any] = {}  # value of a source region -> the variable that brings it into this body
         self.clones: dict[int, tuple[int, Any]] = {}  # value -> first segment of its latest repeat, its variable
-        self.new_consts: list[tuple[Any, int]] = []  # (variable, value outside)
-        self.new_xs: list[tuple[Any, Any]] = []  # (variable, value outside or the stacked variable itself)
+        self.new_consts: list[tuple[Any, Any]] = []  # (variable, value outside or a literal)
+        self.new_xs: list[tuple[Any, Any]] = []  # (variable, value outside, a literal or the stacked variable itself)
         self.outs: list[Any] = []
         self.pending: list[tuple[int, g.Op, _Body]] = []  # loops whose outputs are settled when the region is done
         self.latest: Any = None  # the variable made last by an original operation that XLA materialises
@@ -108,7 +108,7 @@ class _Builder:
         num_consts, num_carry = c.scan_layout(op.eqn)
         first_xs = num_consts + num_carry
         consts = [v for i, v in enumerate(invars[:num_consts]) if i not in op.mapped]
-        consts += [self._read(body, o, op.bin) for _, o in inner.new_consts]
+        consts += [self._read(body, o, op.bin) if isinstance(o, int) else o for _, o in inner.new_consts]
         xs = [v for i, v in enumerate(invars) if i >= first_xs and i not in op.mapped]
         xs += [self._read(body, o, op.bin) if isinstance(o, int) else o for _, o in inner.new_xs]
         return c.replace_eqn(op.eqn, invars=consts + invars[num_consts:first_xs] + xs)
@@ -151,10 +151,10 @@ class _Builder:
         """Make a source region's value readable in this body: by constant, by slice, or by a stack of it."""
         var = c.Var(item.aval)
         maker = self.graph.regions[item.region].op
-        if item.kind == g.CONST_IN:
-            body.new_consts.append((var, maker.inputs[item.operand]))
-        elif item.kind == g.XS_IN:
-            body.new_xs.append((var, maker.inputs[item.operand]))
+        if item.kind in (g.CONST_IN, g.XS_IN):
+            outer = maker.inputs[item.operand]
+            new = body.new_consts if item.kind == g.CONST_IN else body.new_xs
+            new.append((var, maker.eqn.invars[item.operand] if outer is None else outer))
         elif item.kind == g.INVAR:
             raise AssertionError("a closed-over constant of a loop body was not hoisted")
         else:

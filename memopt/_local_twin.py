@@ -20,6 +20,7 @@ from memopt import _compat as c
 from memopt import _local_rules
 from memopt._sizes import aval_bytes
 
+
 class Twins:
     """Twins of jaxprs and equations; whatever is made once is made once for all rewrites of a step.
 

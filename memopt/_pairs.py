@@ -59,6 +59,7 @@ class Pair:
       residuals: positions among the first loop's `ys` of those stacks that only the readers read.
       residual_bytes: logical bytes of these stacks.
       length: trips of all these loops.
+      carry_bytes: logical bytes of the first loop's carry, once for each trip.
     """
 
     index: int
@@ -66,6 +67,7 @@ class Pair:
     residuals: tuple[int, ...]
     residual_bytes: int
     length: int
+    carry_bytes: int
 
 
 def find(jaxpr: Any, index: int) -> Pair | None:
@@ -93,7 +95,8 @@ def find(jaxpr: Any, index: int) -> Pair | None:
     found = tuple(i for i, read in readers.items() if any(v in places for v in read))
     residuals = sorted(i for v, i in places.items() if any(v in read for read in readers.values()))
     size = sum(_cost.aval_bytes(loop.ys[i].aval) for i in residuals)
-    return Pair(index, found, tuple(residuals), size, loop.length) if found else None
+    carried = loop.length * sum(_cost.aval_bytes(v.aval) for v in loop.init)
+    return Pair(index, found, tuple(residuals), size, loop.length, carried) if found else None
 
 
 def find_all(jaxpr: Any, prefix: Path = ()) -> Iterator[tuple[Path, Pair]]:

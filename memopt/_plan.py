@@ -113,7 +113,7 @@ class Plan:
             data["decisions"] = tuple(Decision(**d) for d in data["decisions"])
             data["repeats"] = {int(k): tuple(v) for k, v in data["repeats"].items()}
             data["stores"] = {int(k): v for k, v in data["stores"].items()}
-            data["notes"], data["variant"] = tuple(data["notes"]), tuple(data["variant"])
+            data["notes"], data["variant"] = tuple(data["notes"]), _tupled(data["variant"])
             return Plan(**data)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"This is no saved memopt plan ({error}): save one with Plan.to_json().") from error
@@ -158,6 +158,10 @@ class Plan:
         for note in self.notes:
             console.print(f"- {note}")
         return out.getvalue()
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _percent(part: float, whole: float) -> str:

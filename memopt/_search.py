@@ -1,0 +1,185 @@
+"""The search: many plans of one step, each built and scored on the whole timeline.
+
+In: a `Step`. Out: `Rung`s, each a complete rewritten step with its predicted peak and its cost; of these the hull, in
+which none is beaten by another. Plans come from a sweep of the price of memory, one minimum cut each (`_network`), from
+cuts with varied costs between them, and for short steps from a local search (`_refine`). Which rung is taken for a
+budget is the planner's business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from memopt import _apply, _cost, _segments, _timeline
+from memopt import _compat as c
+from memopt._network import Choice, Network
+from memopt._refine import holding, refine
+from memopt._step import Step
+
+_HOT = 0.5  # segments that hold less than this share of the peak's temporaries cannot bind
+_SWEEP = tuple(np.geomspace(5e-4, 2.0, 9))  # prices tried, in units of the step's seconds per byte of its temporaries
+_REFINEMENTS = 6  # prices tried between two of these
+_VARIATIONS = 16  # cuts with varied costs
+_VARIED = 0.5  # standard deviation of the logarithm of a varied cost
+
+
+@dataclasses.dataclass(eq=False)
+class Rung:
+    """One complete plan: the rewritten step and its predicted figures.
+
+    Attributes:
+      closed: the rewritten closed jaxpr, with the step's own inputs and outputs.
+      predicted_peak_bytes: predicted peak per device.
+      seconds: predicted time that the plan adds to the step as written.
+      recompute_flops: matmul and convolution FLOPs that it adds.
+      choice: what is run again where, and what is kept in another form.
+      step: what it is a plan of.
+      price: the price of memory, in seconds per byte, at which the cut chose it; None for the step as written.
+    """
+
+    closed: Any
+    predicted_peak_bytes: int
+    seconds: float
+    recompute_flops: float
+    choice: Choice
+    timeline: Any
+    step: Step
+    price: float | None = None
+    bins: dict[Any, int] = dataclasses.field(default_factory=dict, repr=False)
+
+    def jaxpr(self) -> Any:
+        """Return the rewritten closed jaxpr."""
+        return self.closed
+
+
+def plain_rung(step: Step, donated: Sequence[bool]) -> Rung:
+    timeline = _timeline.simulate(step.closed, donated=donated, target=step.target, local=step.local)
+    return Rung(step.closed, timeline.peak_bytes, 0.0, 0.0, Choice({}), timeline, step)
+
+
+class Search:
+    """The sweep of prices and what it finds."""
+
+    holding = staticmethod(holding)
+
+    def __init__(self, step: Step, donated: Sequence[bool], plain: Rung):
+        self.step = step
+        self.survey = step.survey
+        self.repeatable, self.always = step.repeatable, step.always
+        self.donated = donated
+        self.plain = plain
+        self.seen: dict[Any, Rung] = {}
+        self.undone_seconds = 0.0
+        kept = self.score(Choice({}))
+        self.undone_seconds = step.baseline_seconds - step.seconds(kept.closed)
+        kept.seconds -= self.undone_seconds
+
+    def run(self, *, refined: bool = True) -> list[Rung]:
+        """Return all plans that were found; without `refined` those of the sweep alone."""
+        usage = self.usage(self.score(Choice({})))
+        self.network = Network(
+            self.survey, self.repeatable, usage > _HOT * usage.max(initial=0), self.step.always, self.step.stores
+        )
+        self.unit = self.step.baseline_seconds / max(1.0, usage.max(initial=0))
+        self.sweep(usage)
+        if refined:
+            self.vary(usage)
+            refine(self)
+        return list(self.seen.values())
+
+    def sweep(self, usage: np.ndarray) -> None:
+        """Find the lower hull of peak against time for one price in all segments that the peak's bytes reach.
+
+        Between two neighbours the price at which both cost the same is tried next, where the gap is largest.
+        """
+        weights = (usage > _HOT * usage.max(initial=0)).astype(float)
+        found = {p: self._at(p * self.unit, weights) for p in _SWEEP}
+        span = max(r.predicted_peak_bytes for r in found.values()) - min(r.predicted_peak_bytes for r in found.values())
+        for _ in range(_REFINEMENTS):
+            ordered = sorted(found.items())
+            gaps = [
+                (a[1].predicted_peak_bytes - b[1].predicted_peak_bytes, a[0], b[0])
+                for a, b in zip(ordered, ordered[1:], strict=False)
+                if b[0] > 1.05 * a[0]
+            ]
+            gap, low, high = max(gaps, default=(0, 0.0, 0.0))
+            if gap <= 0.06 * span:
+                break
+            found[float(np.sqrt(low * high))] = self._at(float(np.sqrt(low * high)) * self.unit, weights)
+
+    def _at(self, price: float, weights: np.ndarray) -> Rung:
+        return self.score(self.network.solve(price * weights), price)
+
+    def vary(self, usage: np.ndarray) -> None:
+        """Look between hull points: operations that cost alike are told apart by varied costs, where the gap is largest.
+
+        At one price all of them are kept or all repeated; with costs that differ a little, some are and some are not.
+        """
+        weights = (usage > _HOT * usage.max(initial=0)).astype(float)
+        random = np.random.default_rng(0)
+        for _ in range(_VARIATIONS):
+            rungs = hull(self.plain, list(self.seen.values()))
+            gaps = [
+                (a.predicted_peak_bytes - b.predicted_peak_bytes, i)
+                for i, (a, b) in enumerate(zip(rungs, rungs[1:], strict=False))
+                if a.price and b.price
+            ]
+            gap, at = max(gaps, default=(0, 0))
+            if gap <= 0.02 * self.plain.predicted_peak_bytes:
+                break
+            prices = sorted((rungs[at].price, rungs[at + 1].price))
+            price = float(np.exp(random.uniform(*np.log(prices))))
+            factors = np.exp(random.normal(0.0, _VARIED, len(self.survey.graph.ops)))
+            self.score(self.network.solve(price * weights, factors), price)
+
+    def score(self, choice: Choice, price: float | None = None) -> Rung:
+        """Build and simulate a plan, once."""
+        key = choice.key
+        if key not in self.seen:
+            closed, bins = _apply.apply(self.survey.graph, choice.repeats)
+            local = self.step.local
+            timeline = _timeline.simulate(closed, donated=self.donated, target=self.survey.target, local=local)
+            flops = _cost.matmul_flops(closed) - self.step.baseline_flops
+            seconds = self._seconds(choice) - self.undone_seconds
+            self.seen[key] = Rung(closed, timeline.peak_bytes, seconds, flops, choice, timeline, self.step, price, bins)
+        return self.seen[key]
+
+    def _seconds(self, choice: Choice) -> float:
+        regions, graph = self.survey.region_of_bin, self.survey.graph
+        runs = sorted({(op, first) for (op, _), first in _segments.chains(graph, choice.repeats).items()})
+        repeated = sum(self.repeatable[op] * regions[first].trips for op, first in runs)
+        encoded = sum(s.seconds * graph.regions[graph.values[v].region].trips for v, s in choice.stores.items())
+        return repeated + encoded
+
+    def usage(self, rung: Rung) -> np.ndarray:
+        """Return the largest predicted bytes of temporaries in each time segment."""
+        usage = np.zeros(self.survey.bins)
+        _spread(c.open_jaxpr(rung.closed), rung.timeline, 0, rung.bins, usage)
+        return usage
+
+
+def _spread(jaxpr: Any, timeline: Any, outside: float, bins: dict, usage: np.ndarray) -> None:
+    for i, eqn in enumerate(jaxpr.eqns):
+        place = next((bins[v] for v in eqn.outvars if v in bins), None)
+        if place is not None:
+            usage[place] = max(usage[place], outside + timeline.usage[i])
+        inner = timeline.inner.get(i)
+        if inner is not None:
+            base = outside + timeline.usage[i] - max(inner.usage.max(initial=0), 0)
+            _spread(inner.body, inner, base, bins, usage)
+
+
+def hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:
+    """Drop every plan that another one beats in peak and cost, or that saves nothing; largest peak first."""
+    ordered = sorted(rungs, key=lambda r: (r.recompute_flops, r.seconds, r.predicted_peak_bytes))
+    out: list[Rung] = []
+    for rung in ordered:
+        if rung.predicted_peak_bytes < (out[-1] if out else plain).predicted_peak_bytes:
+            out.append(rung)
+    for before, rung in zip(out, out[1:], strict=False):
+        rung.seconds = max(rung.seconds, before.seconds)  # fewer FLOPs for more bytes may take longer: say the longer
+    return out

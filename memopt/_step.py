@@ -1,0 +1,95 @@
+"""The drawing table: a step as the planner sees it, surveyed, with what the passes proposed for it.
+
+In: the closed jaxpr of a step, the target, the passes, overrides, the shardings of its arguments, and how its loops are
+divided first, if they are. Out: a `Step`, from which searches start and to which their plans belong. It chooses nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from memopt import _compat as c
+from memopt import _cost, _inline, _sink, _specs, _split
+from memopt._contract import Left, Repeat, Store
+from memopt._decisions import Names, decisions, settle
+from memopt._local import local_shapes
+from memopt._network import Choice
+from memopt._plan import Decision, Plan, fingerprint
+from memopt._survey import Survey
+
+
+class Step:
+    """A step as the planner sees it: surveyed, with what the passes proposed."""
+
+    def __init__(
+        self,
+        closed: Any,
+        target: Any,
+        passes: Sequence[Any],
+        overrides: Mapping[str, str] | None,
+        shardings: Any,
+        variant: _split.Variant | None = None,
+    ):
+        self.variant = variant
+        self.closed, self.target, self.passes = closed, target, passes
+        self.local = None if shardings is None else local_shapes(self.flat, shardings)
+        self.notes = () if self.local is None else self.local.notes
+        self.baseline_flops = _cost.matmul_flops(closed)
+        self.baseline_seconds = self.seconds(closed)
+        self.left: list[Left] = []
+        self.survey: Survey | None = None
+        self.repeatable: dict[int, float] = {}
+        self.stores: list[Store] = []
+        self.always: set[int] = set()
+        if passes and self.flat is not None:
+            self._survey(overrides)
+
+    @functools.cached_property
+    def flat(self) -> Any:
+        """The step without plain calls and dead code, its loops divided; None where they cannot be."""
+        respect = any(getattr(p, "respect_checkpoint", False) for p in self.passes)
+        flat = _inline.inline(self.closed, respect_checkpoint=respect)
+        flat = _sink.sink(c.close(c.dce(flat)[0], c.jaxpr_consts(flat)))
+        return flat if self.variant is None else _split.apply_variant(flat, self.variant)
+
+    @property
+    def variant_key(self) -> tuple:
+        """How the loops are divided, as a saved plan holds it."""
+        return () if self.variant is None else dataclasses.astuple(self.variant)
+
+    def seconds(self, closed: Any) -> float:
+        """Return one device's predicted seconds of this step or of a rewrite of it."""
+        twin = closed if self.local is None else self.local.twin(closed)
+        return _cost.jaxpr_seconds(twin, _specs.spec_for(self.target))
+
+    def _survey(self, overrides: Mapping[str, str] | None) -> None:
+        self.survey = Survey(self.flat, self.target, self.local)
+        self.names = Names(self.survey)
+        proposals = [x for p in self.passes for x in p.propose(self.survey)]
+        never, self.always = settle(self.survey, self.names, overrides)
+        self.repeatable = {x.op: x.seconds for x in proposals if isinstance(x, Repeat) and x.op not in never}
+        self.always &= set(self.repeatable)
+        self.stores = [x for x in proposals if isinstance(x, Store) and self._kept_by_op(x) not in never]
+        self.left = [x for x in proposals if isinstance(x, Left)]
+
+    def _kept_by_op(self, store: Store) -> int | None:
+        maker = self.survey.graph.values[store.value].op
+        return None if maker is None else maker.id
+
+    def decisions(self, choice: Choice) -> list[Decision]:
+        """Return the rows of a plan."""
+        return [] if self.survey is None else decisions(self.survey, self.names, choice, self.repeatable)
+
+    def choice_of(self, plan: Plan) -> Choice:
+        """Return the choice that a saved plan holds."""
+        forms = {(store.value, store.name): store for store in self.stores}
+        repeats = {place: frozenset(ops) for place, ops in plan.repeats.items()}
+        return Choice(repeats, {value: forms[value, name] for value, name in plan.stores.items()})
+
+    @functools.cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What a saved plan of this step is good for."""
+        return fingerprint(self.closed, self.target, self.passes, self.local)
