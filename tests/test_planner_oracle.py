@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from memopt import _planner
+from memopt import _search
+from memopt._step import Step
 from memopt._target import Target
 from memopt.passes import Remat
 from tests import oracle_graphs
@@ -17,7 +18,7 @@ from tests import oracle_graphs
 SHARES = (0.15, 0.3, 0.45, 0.6, 0.75)
 
 
-class Judged(_planner._Search):
+class Judged(_search.Search):
     """The planner's search, scored by the oracle's accounting."""
 
     def score(self, choice, price=None):
@@ -35,12 +36,12 @@ class Judged(_planner._Search):
         return sizes, [0.0] * len(sizes)
 
 
-def ladder(closed) -> list[_planner.Rung]:
+def ladder(closed) -> list[_search.Rung]:
     """Return all plans of a step, judged by the oracle's accounting."""
-    step = _planner._Step(closed, Target.parse("tpu:v5e:1x1"), [Remat()], None)
-    plain = _planner._plain_rung(closed, (), step.target)
+    step = Step(closed, Target.parse("tpu:v5e:1x1"), [Remat()], None, None)
+    plain = _search.plain_rung(step, ())
     plain.predicted_peak_bytes, plain.seconds = oracle_graphs.measure_jaxpr(closed)
-    return Judged(step, (), plain).run()
+    return [plain, *Judged(step, (), plain).run()]
 
 
 def plan(closed, budget_bytes: int):
