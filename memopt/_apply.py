@@ -87,7 +87,7 @@ class _Builder:
         for var in eqn.outvars:
             self.bin_of[var] = op.bin
         if eqn.primitive.name not in _fusion.ELEMENTWISE:
-            body.latest = next((v for v in eqn.outvars if not isinstance(v, c.DropVar)), body.latest)
+            body.latest = next((v for v in eqn.outvars if c.guardable(v)), body.latest)
 
     def _with_bodies(self, body: _Body, op: g.Op, invars: list[Any]) -> Any:
         inner = [self.region(r) for r in op.bodies]
@@ -207,20 +207,33 @@ class _Builder:
         """Pass what the batch reads from outside through a barrier, tied to the latest original value."""
         if body.region.sources and all(one.region != body.region.id for one in batch):
             return {}  # a loop body of its own: there is nothing to merge with
+        guarded: dict[int, Any] = {}
+        for vma, outside in self._outside(body, batch, segment).items():
+            invars = list(outside.values())
+            latest = body.latest
+            tied = latest is not None and c.vma(latest.aval) == vma and all(latest is not v for v in invars)
+            eqn, outvars = c.barrier_eqn(invars + [latest] * tied, batch[0].eqn)
+            body.eqns.append(eqn)
+            for var in outvars:
+                self.bin_of[var] = segment
+            guarded.update(zip(outside, outvars, strict=False))
+        return guarded
+
+    def _outside(self, body: _Body, batch: list[g.Op], segment: int) -> dict[frozenset, dict[int, Any]]:
+        """Return the values to guard with their variables, by the mesh axes that they vary over: one barrier each.
+
+        Left out are repeats (behind a barrier of their own) and the index of a `cond`, which loses its derivative rule
+        behind a barrier.
+        """
         made = {o for one in batch for o in one.outputs}
-        outside = dict.fromkeys(o for one in batch for o in one.inputs if o is not None and o not in made)
-        for o in list(outside):
-            if any(self._read(body, o, segment) is var for _, var in (body.clones.get(o, (0, None)),)):
-                del outside[o]  # a repeat already, behind a barrier of its own
-        if not outside:
-            return {}
-        invars = [self._read(body, o, segment) for o in outside]
-        tied = [body.latest] if body.latest is not None and all(body.latest is not v for v in invars) else []
-        eqn, outvars = c.barrier_eqn(invars + tied, batch[0].eqn)
-        body.eqns.append(eqn)
-        for var in outvars:
-            self.bin_of[var] = segment
-        return dict(zip(outside, outvars, strict=False))
+        made |= {one.inputs[0] for one in batch if one.eqn.primitive.name == "cond"}
+        found: dict[frozenset, dict[int, Any]] = {}
+        for o in dict.fromkeys(o for one in batch for o in one.inputs if o is not None and o not in made):
+            var = self._read(body, o, segment)
+            repeat = body.clones.get(o)
+            if (repeat is None or repeat[1] is not var) and c.guardable(var):
+                found.setdefault(c.vma(var.aval), {})[o] = var
+        return found
 
 
 def _changed(body: _Body) -> bool:

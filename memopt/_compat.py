@@ -138,6 +138,17 @@ def user_source(eqn: JaxprEqn) -> str:
     return _siu.summarize(eqn.source_info)
 
 
+def guardable(var: Any) -> bool:
+    """Say whether an `optimization_barrier` may take a variable: an array that something reads, no reference or token."""
+    return type(var.aval) is ShapedArray and not isinstance(var, (Literal, DropVar))
+
+
+def vma(aval: Any) -> frozenset:
+    """Return the mesh axes that a value of a `shard_map` body varies over; a barrier takes values of one such set."""
+    manual = getattr(aval, "mat", None)
+    return frozenset(getattr(aval, "vma", ())) if manual is None else frozenset(manual.varying)
+
+
 def barrier_eqn(invars: Sequence[Any], like: JaxprEqn) -> tuple[JaxprEqn, list[Var]]:
     """Return an `optimization_barrier` equation over the variables, and its fresh outputs in the same order."""
     outvars = [Var(v.aval) for v in invars]

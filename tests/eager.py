@@ -61,8 +61,16 @@ def _while(eqn: Any, values: Sequence[Any]) -> list[Any]:
     raise RuntimeError(f"a while loop ran {MOST_TRIPS} times")
 
 
+def scan_layout(eqn: Any) -> tuple[int, int]:
+    """Return how many constants and carries a scan has: counts up to JAX 0.11, flat trees from 0.12 on."""
+    if "num_consts" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].unpack()
+    return len(consts), len(carry)
+
+
 def _scan(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    length, n_consts, n_carry = eqn.params["length"], eqn.params["num_consts"], eqn.params["num_carry"]
+    length, (n_consts, n_carry) = eqn.params["length"], scan_layout(eqn)
     consts, carry, xs = values[:n_consts], list(values[n_consts : n_consts + n_carry]), values[n_consts + n_carry :]
     order = range(length)[::-1] if eqn.params["reverse"] else range(length)
     xs, rows = [_rows(x) for x in xs], {}
@@ -120,6 +128,69 @@ def _select(params: dict[str, Any], which: np.ndarray, *cases: np.ndarray) -> np
     return np.where(which, cases[1], cases[0]) if len(cases) == 2 else np.choose(which, cases)
 
 
+def _dot(params: dict[str, Any], a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    (left, right), (left_batch, right_batch) = params["dimension_numbers"]
+    letters = iter("abcdefghijklmnopqrstuvwxyz")
+    first, second = [next(letters) for _ in a.shape], [next(letters) for _ in b.shape]
+    for i, j in zip((*left, *left_batch), (*right, *right_batch), strict=True):
+        second[j] = first[i]
+    batch = [first[i] for i in left_batch]
+    free = [x for i, x in enumerate(first) if i not in (*left, *left_batch)]
+    free += [x for i, x in enumerate(second) if i not in (*right, *right_batch)]
+    spec = f"{''.join(first)},{''.join(second)}->{''.join(batch + free)}"
+    wide = np.result_type(a.dtype, np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype
+    return np.einsum(spec, a.astype(wide), b.astype(wide))
+
+
+def _pad(params: dict[str, Any], x: np.ndarray, fill: np.ndarray) -> np.ndarray:
+    for axis, (low, high, inner) in enumerate(params["padding_config"]):
+        wide = x.shape[axis] + inner * max(x.shape[axis] - 1, 0)
+        shape = [*x.shape]
+        shape[axis] = max(low, 0) + wide + max(high, 0)
+        out, place = np.full(shape, fill, x.dtype), [slice(None)] * x.ndim
+        place[axis] = slice(max(low, 0), max(low, 0) + wide, inner + 1)
+        out[tuple(place)] = x
+        place[axis] = slice(max(-low, 0), shape[axis] - max(-high, 0))
+        x = out[tuple(place)]
+    return x
+
+
+def _iota(params: dict[str, Any], *_: np.ndarray) -> np.ndarray:
+    sizes = [1] * len(params["shape"])
+    sizes[params["dimension"]] = -1
+    line = np.arange(params["shape"][params["dimension"]]).reshape(sizes)
+    return np.broadcast_to(line, params["shape"])
+
+
+def _split(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    if _is_key(values[0]):
+        return _bind(eqn, values)
+    return np.split(np.asarray(values[0]), np.cumsum(eqn.params["sizes"])[:-1], axis=eqn.params["axis"])
+
+
+def _cumsum(params: dict[str, Any], x: np.ndarray) -> np.ndarray:
+    flipped = np.flip(x, params["axis"]) if params["reverse"] else x
+    out = np.cumsum(flipped, axis=params["axis"], dtype=x.dtype)
+    return np.flip(out, params["axis"]) if params["reverse"] else out
+
+
+def _floats(function: Callable[..., Any]) -> Callable[[Any, Sequence[Any]], Sequence[Any]]:
+    """As ``_numpy``, for floats alone: NumPy divides and raises integers otherwise than XLA."""
+    def run(eqn, values):
+        real = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
+        return _in_numpy(function, eqn, values) if real else _bind(eqn, values)
+    return run
+
+
+def _convert(eqn: Any, values: Sequence[Any]) -> Sequence[Any]:
+    kinds = [jnp.issubdtype(v.aval.dtype, jnp.integer) or v.aval.dtype == bool for v in (*eqn.invars, *eqn.outvars)]
+    return _bind(eqn, values) if kinds == [False, True] else _in_numpy(lambda _, x: x, eqn, values)
+
+
+def _argmax(params: dict[str, Any], x: np.ndarray) -> np.ndarray:
+    return np.argmax(x, axis=params["axes"][0])
+
+
 RULES: dict[str, Callable[[Any, Sequence[Any]], Sequence[Any]]] = {
     "scan": _scan, "while": _while, "cond": _cond, "jit": _call, "pjit": _call, "closed_call": _call, "core_call": _call,
     "checkpoint": _call, "remat2": _call, "remat": _call, "custom_jvp_call": _call, "custom_vjp_call": _call,
@@ -128,7 +199,19 @@ RULES: dict[str, Callable[[Any, Sequence[Any]], Sequence[Any]]] = {
         "add": np.add, "add_any": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative, "sin": np.sin,
         "cos": np.cos, "exp": np.exp, "tanh": np.tanh, "sqrt": np.sqrt, "square": np.square, "gt": np.greater,
         "lt": np.less, "ge": np.greater_equal, "le": np.less_equal, "eq": np.equal, "ne": np.not_equal,
-        "stop_gradient": np.asarray, "copy": np.asarray}.items()},
+        "stop_gradient": np.asarray, "copy": np.asarray, "max": np.maximum, "min": np.minimum, "and": np.bitwise_and,
+        "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "abs": np.abs, "sign": np.sign,
+        "floor": np.floor, "is_finite": np.isfinite}.items()},
+    **{name: _floats(lambda _, *xs, f=f: f(*xs)) for name, f in {
+        "div": np.divide, "log": np.log, "log1p": np.log1p, "expm1": np.expm1, "rem": np.fmod, "pow": np.power,
+        "rsqrt": lambda x: 1 / np.sqrt(x), "logistic": lambda x: 1 / (1 + np.exp(-x))}.items()},
+    "integer_pow": _floats(lambda params, x: x ** params["y"]),
+    "dot_general": _numpy(_dot), "pad": _numpy(_pad), "iota": _numpy(_iota), "cumsum": _numpy(_cumsum),
+    "argmax": _numpy(_argmax), "split": _split, "convert_element_type": _convert,
+    "rev": _numpy(lambda params, x: np.flip(x, params["dimensions"])),
+    "expand_dims": _numpy(lambda _, x: x),
+    "reduce_max": _numpy(lambda params, x: np.max(x, axis=params["axes"])),
+    "clamp": _numpy(lambda _, low, x, high: np.clip(x, low, high)),
     "broadcast_in_dim": _numpy(_broadcast), "slice": _numpy(_slice), "select_n": _numpy(_select),
     "reshape": _numpy(lambda _, x, *sizes: x), "squeeze": _numpy(lambda _, x: x),
     "transpose": _numpy(lambda params, x: np.transpose(x, params["permutation"])),

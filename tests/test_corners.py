@@ -4,33 +4,41 @@ import jax
 import jax.extend.core as jex
 import pytest
 
-from tests import corners, rewrite_checks
+from tests import corners, forced, rewrite_checks
 
 CORNERS = list(corners.corners())
 
 
-def identity(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
-    """The rewrite under test until there is a planner."""
-    return closed
+REWRITES = {"half": forced.forced(0.5, 1), "all": forced.forced(1.0), "planned": forced.smallest}
 
 
 @pytest.mark.parametrize("name", CORNERS)
 def test_a_corner_is_kept(name):
     corner = corners.corners()[name]
-    assert rewrite_checks.check(corner.fn, corner.args, identity, loose=corner.loose) == []
+    assert rewrite_checks.check(corner.fn, corner.args, REWRITES["half"], loose=corner.loose) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rewrite", ["all", "planned"])
+@pytest.mark.parametrize("name", CORNERS)
+def test_a_corner_is_kept_by_other_rewrites(name, rewrite):
+    corner = corners.corners()[name]
+    assert rewrite_checks.check(corner.fn, corner.args, REWRITES[rewrite], loose=corner.loose) == []
 
 
 @pytest.mark.parametrize("name", [n for n, c in corners.corners().items() if c.gradient])
 def test_a_corner_is_kept_by_transformations(name):
     corner = corners.corners()[name]
-    wrong = rewrite_checks.check(corner.fn, corner.args, identity, compiled=False, gradient=True, batched=corner.batched)
+    wrong = rewrite_checks.check(corner.fn, corner.args, REWRITES["half"], compiled=False, gradient=True,
+                                 batched=corner.batched)
     assert wrong == []
 
 
+@pytest.mark.parametrize("rewrite", REWRITES)
 @pytest.mark.parametrize("name", [n for n, c in corners.corners().items() if c.calls])
-def test_effects_happen_as_often_as_written(name):
+def test_effects_happen_as_often_as_written(name, rewrite):
     corner = corners.corners()[name]
-    assert calls(identity, corner) == corner.calls
+    assert calls(REWRITES[rewrite], corner) == corner.calls
 
 
 def test_a_repeated_effect_is_caught():

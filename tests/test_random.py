@@ -1,4 +1,4 @@
-"""Random training steps through a rewrite: the generator's promises, and that wrong rewrites are caught.
+"""Random training steps through the planner and through forced repeats: the generator's promises, and that wrong rewrites are caught.
 
 ``MEMOPT_RANDOM_PROGRAMS`` says how many programs run (30 by default, 1,000 or more in CI).
 """
@@ -10,17 +10,12 @@ import jax.extend.core as jex
 import numpy as np
 import pytest
 
-from tests import eager, random_programs, rewrite_checks
+from tests import eager, forced, random_programs, rewrite_checks
 from tests.random_layers import LAYERS
 from tests.random_models import WRAPPERS
 from tests.random_steps import STEPS
 
 COUNT = int(os.environ.get("MEMOPT_RANDOM_PROGRAMS", "30"))
-
-
-def identity(closed: jex.ClosedJaxpr) -> jex.ClosedJaxpr:
-    """The rewrite under test until there is a planner."""
-    return closed
 
 
 def damaged(closed: jex.ClosedJaxpr, damage) -> jex.ClosedJaxpr:
@@ -50,15 +45,24 @@ def drop_contribution(eqn):
     return None
 
 
+def checked(seed: int) -> list[str]:
+    """What is wrong with a program's rewrite, with the seed in what it raises."""
+    try:
+        return random_programs.check_program(seed, forced.drawn(seed))
+    except Exception as error:
+        error.add_note(random_programs.make_program(seed).description)
+        raise
+
+
 @pytest.mark.parametrize("start", range(0, COUNT, 10))
 def test_values_are_kept(start):
-    wrong = [line for seed in range(start, min(start + 10, COUNT)) for line in random_programs.check_program(seed, identity)]
+    wrong = [line for seed in range(start, min(start + 10, COUNT)) for line in checked(seed)]
     assert wrong == []
 
 
 @pytest.mark.parametrize("option", ["compiled", "optimised", "gradient", "batched"])
 def test_the_deep_checks_accept_what_is_right(option):
-    assert random_programs.check_program(3, identity, **{option: True}) == []
+    assert random_programs.check_program(3, forced.forced(0.5), **{option: True}) == []
 
 
 @pytest.mark.parametrize("damage", [swap_operands, drop_contribution])
