@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 
 from memopt import _planner
+from memopt._refine import Holding
 from memopt._target import Target
 from memopt.passes import Remat
 from tests import oracle_graphs
@@ -32,7 +33,8 @@ class Judged(_planner._Search):
     def holding(survey):
         """Every result counts all its bytes, and keeping takes no time."""
         sizes = [sum(v.aval.size * v.aval.dtype.itemsize for v in op.eqn.outvars) for op in survey.graph.ops]
-        return sizes, [0.0] * len(sizes)
+        never = [False] * len(sizes)
+        return Holding(sizes, never, never, [0.0] * len(sizes))
 
 
 def ladder(closed) -> list[_planner.Rung]:
