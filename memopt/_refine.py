@@ -19,9 +19,10 @@ from memopt import _graph as g
 from memopt._network import Choice
 from memopt._survey import Survey
 
-MOST_OPERATIONS = 96  # longer steps are left to the cut
+MOST_OPERATIONS = 160  # longer steps are left to the cut
 _PLAYED = 60_000  # operations played in all: the number of plans tried falls with the length of the step
 _FRONT = 40  # plans scored at most
+_LONG = 100  # in plans of more repeats, single ones are not tried
 _DEEPER = 30  # plans that are no best ones, from which the search goes on when the best ones give nothing new
 
 Plan = frozenset[tuple[int, int]]  # (operation, segment in which its repeat is there); the segment may be ALONE
@@ -111,7 +112,7 @@ class _Model:
     def __init__(self, graph: g.Graph, repeatable: Mapping[int, float], holding: Holding):
         self.graph, self.repeatable, self.holding = graph, repeatable, holding
         self.place = [op.bin for op in graph.ops]
-        self.end = graph.top.bins[-1]
+        self.end, self.near = graph.top.bins[-1], _segments.near(graph.top)
         self.reads = [_makers(graph, op.inputs) for op in graph.ops]
         self.results = _makers(graph, graph.top.outs)
         self.known: dict[Plan, _Played] = {}
@@ -314,7 +315,7 @@ def _released(model: _Model, plan: Plan, played: _Played, run: int) -> Iterator[
     places = sorted({p for p in played.read[run] if p > model.place[op]})
     for i, first in enumerate(places):
         rest = places[i:]
-        chained, each = {(op, p) for p in range(first, rest[-1] + 1)}, {(op, p) for p in rest}
+        chained, each = {(op, p) for p in (*range(first, rest[-1], model.near), rest[-1])}, {(op, p) for p in rest}
         for new in (chained, each, {(op, first)}) if len(rest) > 1 else (each,):
             for whole in _with_inputs(model, plan, played, op, new, first):
                 yield plan | whole
@@ -350,13 +351,16 @@ def _gone(model: _Model, plan: Plan, played: _Played, op: int, place: int) -> bo
 
 def _without(plan: Plan) -> Iterator[Plan]:
     """Yield a plan without one repeat, one operation's repeats, one place's; and with repeats apart or made earlier."""
+    for op in {op for op, _ in plan}:
+        yield frozenset(e for e in plan if e[0] != op)
+    for place in {place for _, place in plan}:
+        yield frozenset(e for e in plan if e[1] != place)
+    if len(plan) > _LONG:
+        return
     for entry in plan:
         yield plan - {entry}
     for op in {op for op, _ in plan}:
-        yield frozenset(e for e in plan if e[0] != op)
         yield plan | {(op, _segments.ALONE)}
-    for place in {place for _, place in plan}:
-        yield frozenset(e for e in plan if e[1] != place)
     for op, place in plan:
         if place > 0:
             yield plan | {(op, place - 1)}
