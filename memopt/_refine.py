@@ -14,14 +14,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from memopt import _fusion, _segments
+from memopt import _fusion, _segments, _timeline
 from memopt import _graph as g
 from memopt._network import Choice
 from memopt._survey import Survey
 
-MOST_OPERATIONS = 96  # longer steps are left to the cut
+MOST_OPERATIONS = 160  # longer steps are left to the cut
 _PLAYED = 60_000  # operations played in all: the number of plans tried falls with the length of the step
 _FRONT = 40  # plans scored at most
+_LONG = 100  # in plans of more repeats, single ones are not tried
 _DEEPER = 30  # plans that are no best ones, from which the search goes on when the best ones give nothing new
 
 Plan = frozenset[tuple[int, int]]  # (operation, segment in which its repeat is there); the segment may be ALONE
@@ -31,32 +32,47 @@ def refine(search: Any) -> None:
     """Score better plans near those that a search has found; they join its `seen`.
 
     Args:
-      search: has `survey`, `repeatable`, `seen`, `always`, `score(choice)` and `holding(survey)`, for each operation
-        the bytes that its results hold while they live and the seconds of keeping them for one later segment.
+      search: has `survey`, `repeatable`, `seen`, `always`, `score(choice)` and `holding(survey)`.
     """
     graph = search.survey.graph
     if len(graph.regions) > 1 or len(graph.ops) > MOST_OPERATIONS or search.always or not search.repeatable:
         return
-    model = _Model(graph, search.repeatable, *search.holding(search.survey))
+    model = _Model(graph, search.repeatable, search.holding(search.survey))
     starts = [_entries(rung.choice.repeats) for rung in search.seen.values() if not rung.choice.stores]
     for plan in _Front(model, starts).best():
         search.score(Choice(_repeats(plan)))
 
 
-def holding(survey: Survey) -> tuple[list[int], list[float]]:
-    """Return the bytes that each operation's results hold while they live, and the seconds of keeping them.
+@dataclasses.dataclass(frozen=True)
+class Holding:
+    """What the model knows of each operation: one entry for each.
 
-    Values that XLA fuses away hold none. Results of the step are held from start to end whatever is planned: they count
-    nothing either.
+    Attributes:
+      size_bytes: bytes of its results while they live; results of the step are held throughout and count none.
+      fused: whether XLA computes it inside whoever reads it.
+      in_place: whether its result may take the buffer of an operand that dies there.
+      keep_seconds: seconds of keeping its results for one later segment.
     """
+
+    size_bytes: Sequence[int]
+    fused: Sequence[bool]
+    in_place: Sequence[bool]
+    keep_seconds: Sequence[float]
+
+
+def holding(survey: Survey) -> Holding:
+    """Return what the operations of a step hold under XLA, by the rules of the timeline."""
     graph = survey.graph
     stored = _fusion.materialised(graph.closed, survey.target.platform)
     results = {v for v in graph.top.outs if v is not None}
-    free = [v in results or graph.values[v].var not in stored for v in range(len(graph.values))]
-    size = [sum(survey.bytes_of(graph.values[v].aval) for v in op.outputs if not free[v]) for op in graph.ops]
     last = graph.top.bins[-1]
-    keep = [sum(survey.keep_seconds(v, last) for v in op.outputs if v not in results) for op in graph.ops]
-    return size, keep
+    kept = [[v for v in op.outputs if v not in results] for op in graph.ops]
+    return Holding(
+        [sum(survey.bytes_of_value(v) for v in values) for values in kept],
+        [not any(graph.values[v].var in stored or v in results for v in op.outputs) for op in graph.ops],
+        [op.eqn.primitive.name in _timeline.IN_PLACE for op in graph.ops],
+        [sum(survey.keep_seconds(v, last) for v in values) for values in kept],
+    )
 
 
 def _entries(repeats: Mapping[int, frozenset[int]]) -> Plan:
@@ -93,13 +109,10 @@ class _Played:
 class _Model:
     """Plays a plan as the builders will place it: repeats before their first reader, shared along chains."""
 
-    def __init__(
-        self, graph: g.Graph, repeatable: Mapping[int, float], size: Sequence[int], keep_seconds: Sequence[float]
-    ):
-        self.graph, self.repeatable = graph, repeatable
-        self.size, self.keep_seconds = size, keep_seconds
+    def __init__(self, graph: g.Graph, repeatable: Mapping[int, float], holding: Holding):
+        self.graph, self.repeatable, self.holding = graph, repeatable, holding
         self.place = [op.bin for op in graph.ops]
-        self.end = graph.top.bins[-1]
+        self.end, self.near = graph.top.bins[-1], _segments.near(graph.top)
         self.reads = [_makers(graph, op.inputs) for op in graph.ops]
         self.results = _makers(graph, graph.top.outs)
         self.known: dict[Plan, _Played] = {}
@@ -127,7 +140,9 @@ class _Play:
         self.op: list[int] = []
         self.last: list[int] = []
         self.read: list[list[int]] = []
+        self.reads: list[list[int]] = []
         self.original: list[int] = []
+        self.forced: set[int] = set()  # runs whose results pass a barrier, and are in memory for it
 
     def result(self) -> _Played:
         model = self.model
@@ -146,6 +161,7 @@ class _Play:
         self.op.append(op)
         self.last.append(now)
         self.read.append([])
+        self.reads.append(reads)
         return now
 
     def _get(self, op: int, place: int) -> int:
@@ -168,33 +184,60 @@ class _Play:
                 batch.add(one)
                 stack += [v for v in reads[one] if v in planned and self._later(v, place)]
         for one in sorted(batch):
-            runs = [self.clones[v][1] if v in planned and self.model.place[v] < place else self.original[v]
-                    for v in reads[one]]
+            again = [v in planned and self.model.place[v] < place for v in reads[one]]
+            runs = [self.clones[v][1] if yes else self.original[v] for v, yes in zip(reads[one], again, strict=True)]
+            self.forced.update(run for run, yes in zip(runs, again, strict=True) if not yes)
             self.clones[one] = (self.chain[one, place], self._run(one, place, runs))
 
     def _later(self, op: int, place: int) -> bool:
         return self.model.place[op] < place and not self._shared(op, place)
 
     def _summed(self) -> _Played:
-        change = [0] * (len(self.op) + 2)
-        seconds = 0.0
-        for run, op in enumerate(self.op):
-            change[run] += self.model.size[op]
-            change[self.last[run] + 1] -= self.model.size[op]
-            if self.original[op] != run:
-                seconds += self.model.repeatable[op]
-            elif self.model.keep_seconds[op]:
-                seconds += self.model.keep_seconds[op] * len({p for p in self.read[run] if p > self.model.place[op]})
+        sizes = self._sizes()
+        peak, tight = self._sweep(sizes)
+        ends = tuple(dict.fromkeys((tight[0], tight[-1]))) if tight else ()
+        return _Played(peak, self._seconds(), self.op, self.last, self.read, self.original, ends)
+
+    def _sizes(self) -> list[int]:
+        """Return each run's bytes; what a fused run reads is held until its own readers are done."""
+        held = self.model.holding
+        sizes = [0] * len(self.op)
+        for run in range(len(self.op) - 1, -1, -1):
+            op = self.op[run]
+            if held.fused[op] and run not in self.forced:
+                for source in self.reads[run]:
+                    self.last[source] = max(self.last[source], self.last[run])
+            else:
+                sizes[run] = held.size_bytes[op]
+        return sizes
+
+    def _sweep(self, sizes: list[int]) -> tuple[int, list[int]]:
+        dying = [0] * (len(self.op) + 1)
+        for run, size in enumerate(sizes):
+            if self.last[run] > run:
+                dying[self.last[run]] += size
         held = peak = 0
         tight: list[int] = []
-        for run, size in enumerate(change):
-            held += size
-            if held > peak:
-                peak, tight = held, []
-            if held == peak:
+        for run, size in enumerate(sizes):
+            now = held + size
+            if self.model.holding.in_place[self.op[run]]:
+                now -= min(size, dying[run])
+            if now > peak:
+                peak, tight = now, []
+            if now == peak:
                 tight.append(run)
-        ends = tuple(dict.fromkeys((tight[0], tight[-1]))) if tight else ()
-        return _Played(peak, seconds, self.op, self.last, self.read, self.original, ends)
+            held += (size if self.last[run] > run else 0) - dying[run]
+        return peak, tight
+
+    def _seconds(self) -> float:
+        model, keep = self.model, self.model.holding.keep_seconds
+        seconds = 0.0
+        for run, op in enumerate(self.op):
+            if self.original[op] != run:
+                seconds += model.repeatable[op]
+            elif keep[op]:
+                seconds += keep[op] * len({p for p in self.read[run] if p > model.place[op]})
+        return seconds
 
 
 class _Front:
@@ -203,7 +246,7 @@ class _Front:
     def __init__(self, model: _Model, starts: Sequence[Plan]):
         self.model = model
         self.most = _PLAYED // max(1, len(model.place))
-        self.front: dict[Plan, _Played] = {}
+        self.front: dict[Plan, _Played] = {}  # in the order found
         self.tried: set[Plan] = set()
         for plan in [frozenset(), *starts]:
             self._offer(plan)
@@ -272,7 +315,7 @@ def _released(model: _Model, plan: Plan, played: _Played, run: int) -> Iterator[
     places = sorted({p for p in played.read[run] if p > model.place[op]})
     for i, first in enumerate(places):
         rest = places[i:]
-        chained, each = {(op, p) for p in range(first, rest[-1] + 1)}, {(op, p) for p in rest}
+        chained, each = {(op, p) for p in (*range(first, rest[-1], model.near), rest[-1])}, {(op, p) for p in rest}
         for new in (chained, each, {(op, first)}) if len(rest) > 1 else (each,):
             for whole in _with_inputs(model, plan, played, op, new, first):
                 yield plan | whole
@@ -308,13 +351,16 @@ def _gone(model: _Model, plan: Plan, played: _Played, op: int, place: int) -> bo
 
 def _without(plan: Plan) -> Iterator[Plan]:
     """Yield a plan without one repeat, one operation's repeats, one place's; and with repeats apart or made earlier."""
+    for op in {op for op, _ in plan}:
+        yield frozenset(e for e in plan if e[0] != op)
+    for place in {place for _, place in plan}:
+        yield frozenset(e for e in plan if e[1] != place)
+    if len(plan) > _LONG:
+        return
     for entry in plan:
         yield plan - {entry}
     for op in {op for op, _ in plan}:
-        yield frozenset(e for e in plan if e[0] != op)
         yield plan | {(op, _segments.ALONE)}
-    for place in {place for _, place in plan}:
-        yield frozenset(e for e in plan if e[1] != place)
     for op, place in plan:
         if place > 0:
             yield plan | {(op, place - 1)}

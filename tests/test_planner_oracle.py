@@ -11,6 +11,7 @@ import pytest
 
 from memopt import _search
 from memopt._step import Step
+from memopt._refine import Holding
 from memopt._target import Target
 from memopt.passes import Remat
 from tests import oracle_graphs
@@ -33,7 +34,8 @@ class Judged(_search.Search):
     def holding(survey):
         """Every result counts all its bytes, and keeping takes no time."""
         sizes = [sum(v.aval.size * v.aval.dtype.itemsize for v in op.eqn.outvars) for op in survey.graph.ops]
-        return sizes, [0.0] * len(sizes)
+        never = [False] * len(sizes)
+        return Holding(sizes, never, never, [0.0] * len(sizes))
 
 
 def ladder(closed) -> list[_search.Rung]:
