@@ -81,8 +81,13 @@ class _Part:
 
 
 def _varies(loop: Loop) -> bool:
-    """Say whether a loop handles values that differ between the devices of a `shard_map` (as far as their types say)."""
-    return any(getattr(v.aval, "vma", None) for v in (*loop.body.invars, *loop.body.outvars))
+    """Say whether a loop handles values that differ between devices of a `shard_map`, by their types."""
+    return any(_varying(v.aval) for v in (*loop.body.invars, *loop.body.outvars))
+
+
+def _varying(aval: Any) -> bool:
+    kinds = (getattr(aval, "manual_axis_type", None), aval)  # JAX from 0.10 on, and before
+    return any(getattr(kind, "varying", None) or getattr(kind, "vma", None) for kind in kinds)
 
 
 def _divided(loop: Loop, residuals: set[Any], parts: list[_Part], eqns: list[Any]) -> None:

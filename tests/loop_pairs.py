@@ -4,6 +4,8 @@ In: a length. Out: functions with their arguments in float64, of every kind that
 the comparison of a rewritten jaxpr with the original.
 """
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -172,6 +174,7 @@ PROGRAMS = {f.__name__: f for f in (
 )}
 
 
+@functools.cache
 def traced(name, length):
     """Return a program's inlined jaxpr, its flat arguments and the paths of its pairs."""
     fn, args = PROGRAMS[name](length)
@@ -179,17 +182,34 @@ def traced(name, length):
     return closed, jax.tree.leaves(args), [path for path, _ in _pairs.find_all(c.open_jaxpr(closed))]
 
 
+#: Compiling takes most of these tests' time, and their programs are tiny.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def _run(closed, args):
+    return jax.jit(c.as_function(closed)).lower(*args).compile(compiler_options=QUICK)(*args)
+
+
+_results = {}
+
+
+def _expected(closed, args):
+    if id(closed) not in _results:
+        _results[id(closed)] = (closed, _run(closed, args))
+    return _results[id(closed)][1]
+
+
 def assert_same(old, new, args, tolerance=1e-12):
     """Compare two jaxprs: well formed, inputs and outputs of the same types, the same values."""
     c.check(new)
     assert [v.aval for v in c.open_jaxpr(old).invars] == [v.aval for v in c.open_jaxpr(new).invars]
     assert [v.aval for v in c.open_jaxpr(old).outvars] == [v.aval for v in c.open_jaxpr(new).outvars]
-    expected, got = (jax.jit(c.as_function(j))(*args) for j in (old, new))
-    for a, b in zip(expected, got, strict=True):
+    for a, b in zip(_expected(old, args), _run(new, args), strict=True):
         if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
         chex.assert_equal_shape([a, b])
-        assert np.linalg.norm(np.asarray(a - b, np.float64)) <= tolerance * max(1.0, np.linalg.norm(np.asarray(a, np.float64)))
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= tolerance * max(1.0, np.linalg.norm(a))
 
 
 def scans(jaxpr):
