@@ -5,6 +5,7 @@ compiled; later ones compare identities and go to the jitted function. Under a t
 in place. How a plan is chosen is decided in `_verify.py`.
 """
 
+import functools
 import os
 import threading
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from memopt._errors import TargetError
 from memopt._measure import Memory
 from memopt._program import Program, Settings
 from memopt._signature import JitOptions, Signature, Statics
-from memopt._verify import compile_rung, keep_shardings, logger, lower_rung, plan_program, settle
+from memopt._verify import compile_rung, keep_shardings, logger, lower_rung, plain_step, plan_program, settle
 
 
 class NeedsNnx(Exception):
@@ -82,7 +83,7 @@ class Core:
             return None
         if self.settings.verify:
             return settle(program, args, kwargs)
-        keep_shardings(program, args, kwargs)
+        keep_shardings(program)
         program.run = program.jitted(program.index)
         return None
 
@@ -116,7 +117,9 @@ class Core:
 
     def _new_program(self, signature: Signature, args: tuple, kwargs: dict) -> Program:
         traced = self._trace(args, kwargs)
-        return Program(self.plain, self.fn, self.options, self.settings, signature.without_leaves(), traced)
+        program = Program(self.plain, self.fn, self.options, self.settings, signature.without_leaves(), traced)
+        program.compile_plain = functools.partial(plain_step, program)
+        return program
 
     def _trace(self, args: tuple, kwargs: dict) -> Any:
         with _nnx.explained_errors(), _nnx.module_scopes():

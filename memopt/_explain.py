@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from memopt import _compat as c
-from memopt import _explain_plot, _inline, _timeline
+from memopt import _explain_plot, _inline, _local, _timeline
 from memopt._cost import aval_bytes, padded_bytes
 from memopt._errors import format_bytes
 from memopt._explain_walk import Alive, Sample, Walk, general, short
@@ -194,7 +194,9 @@ def explain(
     if compile:
         memory = measure(fn, *args, target=target, compiler_options=compiler_options, **options, **kwargs)
         compiled = dataclasses.asdict(memory)
-    return explain_traced(traced, parsed, compiled)
+    leaves = [getattr(leaf, "sharding", None) for leaf in jax.tree_util.tree_leaves((args, kwargs))]
+    known = len(leaves) == len(getattr(traced, "traced", traced).jaxpr.in_avals)
+    return explain_traced(traced, parsed, compiled, _local.Shardings(tuple(leaves)) if known else None)
 
 
 def explain_program(program: Any) -> Explanation:
@@ -206,22 +208,27 @@ def explain_program(program: Any) -> Explanation:
     Returns:
         An `Explanation`.
     """
-    return explain_traced(program.traced, program.settings.target)
+    return explain_traced(program.traced, program.settings.target, shardings=program.shardings)
 
 
-def explain_traced(traced: Any, target: Target, compiled: dict[str, Any] | None = None) -> Explanation:
+def explain_traced(
+    traced: Any, target: Target, compiled: dict[str, Any] | None = None, shardings: Any = None
+) -> Explanation:
     """Explain a step that is traced already.
 
     Args:
         traced: a `jax.stages.Traced`, or anything with its `jaxpr` and `args_info`.
         target: what to explain it for.
         compiled: the compiler's figures to show beside, the fields of `Memory`.
+        shardings: of a sharded step, `memopt._local.Shardings`: the step is explained as one device sees it.
 
     Returns:
         An `Explanation`.
     """
     traced = getattr(traced, "traced", traced)  # nnx wraps JAX's
     closed = _inline.inline(traced.jaxpr)
+    local = None if shardings is None else _local.local_shapes(closed, shardings)
+    closed = closed if local is None else local.twin(closed)
     jaxpr = c.open_jaxpr(closed)
     names, donated = _arguments(traced, len(jaxpr.invars))
     timeline = _timeline.simulate(closed, donated=donated, target=target)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,13 +39,13 @@ class Shardings:
     Attributes:
       arguments: a sharding or None for each input of the jaxpr; None and single-device ones leave it to XLA.
       outputs: the same for each output; None where XLA chooses all of them.
-      compiled_text: compiles the plain step and returns its optimized HLO (None where it is out of memory); called at
-        most once, where a large value's sharding cannot be known without it. None forbids that.
+      compiled: compiles the plain step and returns it (None where it is out of memory); called at most once, where a
+        large value's sharding cannot be known without it. None forbids that.
     """
 
     arguments: tuple[Any, ...]
     outputs: tuple[Any, ...] | None = None
-    compiled_text: Callable[[], str | None] | None = None
+    compiled: Callable[[], Any] | None = None
 
     @property
     def is_sharded(self) -> bool:
@@ -64,6 +65,7 @@ class Local:
     def __init__(self, sizes: Mapping[str, int], specs: dict[Any, Spec], notes: tuple[str, ...] = ()):
         self.sizes, self.specs, self.notes = dict(sizes), specs, notes
         self.origins: dict[int, tuple[Any, list[Spec]]] = {}  # of an unknown operation: its parameters, its results
+        self.compile_seconds = 0.0  # spent on the plain step's compiled program
         self._twins = Twins(self)
 
     def divisors(self, var: Any) -> tuple[int, ...]:
@@ -155,23 +157,36 @@ def spec_of(spec: Any, rank: int) -> Spec:
 
 
 def spec_of_shape(
-    shape: Sequence[int], local: Sequence[int], sizes: Mapping[str, int], prefer: Sequence[str] = ()
+    shape: Sequence[int], local: Sequence[int], sizes: dict[str, int], prefer: Sequence[str] = ()
 ) -> Spec | None:
-    """Return mesh axes that cut `shape` into `local`, the preferred ones first; None where there are none."""
+    """Return mesh axes that cut `shape` into `local`, the preferred ones first; None where there are none.
+
+    XLA may cut a dimension by a part of an axis: such a part becomes an axis of its own in `sizes`.
+    """
     if len(shape) != len(local):
         return None
-    free = [*prefer, *(a for a in sizes if a not in prefer)]
-    spec: list[tuple[str, ...]] = []
-    for size, part in zip(shape, local, strict=True):
-        axes: list[str] = []
-        for axis in list(free):
-            if -(-size // math.prod(sizes[a] for a in axes)) > part and -(-size // part) % sizes[axis] == 0:
-                axes.append(axis)
-                free.remove(axis)
-        if -(-size // math.prod(sizes[a] for a in axes)) != part:
-            return None
-        spec.append(tuple(axes))
-    return tuple(spec)
+    free = [*prefer, *(a for a in sizes if a not in prefer and ":" not in a)]
+    spec = [_axes_of(size, part, sizes, free) for size, part in zip(shape, local, strict=True)]
+    return None if any(axes is None for axes in spec) else tuple(axes for axes in spec if axes is not None)
+
+
+def _axes_of(size: int, part: int, sizes: dict[str, int], free: list[str]) -> tuple[str, ...] | None:
+    """Take axes out of `free` that cut a dimension of this size into such parts."""
+    axes: list[str] = []
+    ways = 1
+    for axis in list(free):
+        if -(-size // (ways * sizes[axis])) >= part and -(-size // ways) > part:
+            ways *= sizes[axis]
+            axes.append(axis)
+            free.remove(axis)
+    if -(-size // ways) == part:
+        return tuple(axes)
+    rest = -(-size // part) // ways
+    whole = next((a for a in free if rest and sizes[a] % rest == 0), None)
+    if whole is None or -(-size // (ways * rest)) != part:
+        return None
+    sizes[f"{whole}:{rest}"] = rest
+    return (*axes, f"{whole}:{rest}")
 
 
 def _open(var: Any) -> Spec:
@@ -194,6 +209,8 @@ class Spread:
         self.factors: list[_local_rules.Factor] = []
         self.unknown: list[tuple[Any, str]] = []  # equations without a rule, with their full name stacks
         self.seen: list[Any] = []
+        self.made: list[tuple[Any, str]] = []  # all equations without bodies, with their full name stacks
+        self.refused: dict[Any, None] = {}  # variables that two operations want cut along one axis in two ways
 
     def run(self, jaxpr: Any) -> None:
         """Spread what is known over a jaxpr and the bodies in it, until nothing changes."""
@@ -224,6 +241,7 @@ class Spread:
                     self._collect(body, here)
                     self._add(factors)
                 continue
+            self.made.append((eqn, here))
             factors = _local_rules.factors_of(eqn)
             if factors is None:
                 self.unknown.append((eqn, here))
@@ -276,30 +294,36 @@ class Spread:
             return True
         if spec[dim] == axes or spec[dim] != axes[: len(spec[dim])]:
             return False
-        return not any(a in other for i, other in enumerate(spec) if i != dim for a in axes)
+        if any(a in other for i, other in enumerate(spec) if i != dim for a in axes):
+            self.refused[var] = None
+            return False
+        return True
 
 
 def _look_up(local: Local, spread: Spread, jaxpr: Any, shardings: Shardings) -> None:
-    """Read the results of operations without a rule from the compiled program, and spread them on."""
+    """Correct the specs by the compiled program, where large values' shardings are unknown or in conflict."""
     least = _NEGLIGIBLE * sum(aval_bytes(v.aval) for v in jaxpr.invars)
-    asked = [(eqn, stack) for eqn, stack in spread.unknown if _is_open(local, eqn)]
-    if sum(aval_bytes(v.aval) for eqn, _ in asked for v in eqn.outvars) <= least:
+    unknown = {v for eqn, _ in spread.unknown if _is_open(local, eqn) for v in eqn.outvars}
+    doubtful = [v for v in dict.fromkeys((*unknown, *spread.refused)) if aval_bytes(v.aval) > least]
+    if not doubtful:
         return
-    text = None if shardings.compiled_text is None else shardings.compiled_text()
-    found, missed = [], []
-    parts = {} if text is None else _local_hlo.parts(text)
-    for eqn, stack in asked:
-        specs = _specs_of_parts(local, eqn, stack, parts)
-        if specs is None:
-            missed.append(eqn)
-            continue
-        found.append(eqn)
-        local.origins[id(eqn.params)] = (eqn.params, specs)
-    if found:
-        specs = {v: s for v, s in local.specs.items() if v in spread.fixed}
-        Spread(local.sizes, specs, spread.fixed, local.origins).run(jaxpr)
-        local.specs.update(specs)
-    local.notes = tuple(_notes(found, missed, text is None))
+    start = time.perf_counter()
+    compiled = None if shardings.compiled is None else shardings.compiled()
+    local.compile_seconds = time.perf_counter() - start
+    told = _told(local, spread.made, {} if compiled is None else _local_hlo.parts(compiled.as_text()))
+    if told:
+        fixed = {v: s for v, s in local.specs.items() if v in spread.fixed}
+        for var, sharding in zip(jaxpr.outvars, jax.tree_util.tree_leaves(compiled.output_shardings), strict=True):
+            if not isinstance(var, c.Literal) and var not in fixed:
+                _fix(fixed, var, sharding, local.sizes)
+        again = Spread(local.sizes, {**told, **fixed}, {*told, *fixed})
+        again.run(jaxpr)
+        local.specs.update(again.specs)
+        for eqn, _ in spread.unknown:
+            if any(v in told for v in eqn.outvars):
+                local.origins[id(eqn.params)] = (eqn.params, [local.specs[v] for v in eqn.outvars])
+    missed = [v for v in doubtful if v in unknown and v not in told]
+    local.notes = tuple(_notes([v for v in doubtful if v not in missed], missed, compiled is None))
 
 
 def _is_open(local: Local, eqn: Any) -> bool:
@@ -307,31 +331,40 @@ def _is_open(local: Local, eqn: Any) -> bool:
     return cut and not any(any(local.specs.get(v, ())) for v in eqn.outvars)
 
 
-def _specs_of_parts(local: Local, eqn: Any, stack: str, parts: Any) -> list[Spec] | None:
-    shapes = _local_hlo.find(parts, stack, eqn.primitive.name, [tuple(v.aval.shape) for v in eqn.outvars])
-    if shapes is None:
-        return None
-    prefer = [a for v in eqn.invars if not isinstance(v, c.Literal) for e in local.specs.get(v, ()) for a in e]
-    pairs = zip(eqn.outvars, shapes, strict=True)
-    specs = [spec_of_shape(v.aval.shape, shape, local.sizes, tuple(dict.fromkeys(prefer))) for v, shape in pairs]
-    return None if any(s is None for s in specs) else [s for s in specs if s is not None]
+def _told(local: Local, made: Sequence[tuple[Any, str]], parts: Any) -> dict[Any, Spec]:
+    """Return the specs that the compiled program tells, of variables that are not fixed otherwise."""
+    told: dict[Any, Spec] = {}
+    for eqn, stack in made if parts else ():
+        shapes = _local_hlo.find(parts, stack, eqn.primitive.name, [tuple(_shape(v)) for v in eqn.outvars])
+        for var, shape in zip(eqn.outvars, shapes or (), strict=False):
+            near = [v for v in (var, *eqn.invars) if not isinstance(v, c.Literal)]
+            prefer = dict.fromkeys(a for v in near for axes in local.specs.get(v, ()) for a in axes)
+            spec = spec_of_shape(_shape(var), shape, local.sizes, tuple(prefer))
+            if spec is not None:
+                told[var] = spec
+    return told
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return tuple(getattr(var.aval, "shape", ()))
 
 
 def _notes(found: Sequence[Any], missed: Sequence[Any], uncompiled: bool):
-    if found:
+    if found and not uncompiled:
         yield (
-            f"The sharding of {_named(found)} is not known from the arguments' shardings and was taken from the plain "
-            "step's compiled program."
+            f"The sharding of {_counted(found)} does not follow from the arguments' shardings alone and was taken from "
+            "the plain step's compiled program."
         )
+    if found and uncompiled:
+        yield f"The sharding of {_counted(found)} does not follow from the arguments' shardings alone: it is assumed."
     if missed:
         why = "the plain step was not compiled" if uncompiled else "the plain step's compiled program does not tell it"
-        yield f"The sharding of {_named(missed)} is not known, and {why}: counted as unsharded."
+        yield f"The sharding of {_counted(missed)} is not known, and {why}: counted as unsharded."
 
 
-def _named(eqns: Sequence[Any]) -> str:
-    size = sum(aval_bytes(v.aval) for eqn in eqns for v in eqn.outvars)
-    names = ", ".join(dict.fromkeys(eqn.primitive.name for eqn in eqns))
-    return f"{len(eqns)} value{'s' if len(eqns) > 1 else ''} ({names}; {format_bytes(size)} on all devices)"
+def _counted(variables: Sequence[Any]) -> str:
+    size = format_bytes(sum(aval_bytes(v.aval) for v in variables))
+    return f"{len(variables)} value{'s' if len(variables) > 1 else ''} ({size} on all devices)"
 
 
 def leaf_shardings(tree: Any, prefix: Any) -> list[Any]:

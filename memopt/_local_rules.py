@@ -161,10 +161,11 @@ def _whole(eqn: Any) -> Iterator[Factor]:
 def _broadcast(eqn: Any) -> Iterator[Factor]:
     operand, out = eqn.invars[0], eqn.outvars[0]
     dims = {d: i for i, d in enumerate(eqn.params["broadcast_dimensions"])}
+    receives = 1 if math.prod(_shape(operand)) < math.prod(_shape(out)) else None
     for dim, size in enumerate(_shape(out)):
         source = dims.get(dim)
         if source is not None and _shape(operand)[source] == size and _is_var(operand):
-            yield Factor(((operand, source), (out, dim)), EARLY, receives=1)
+            yield Factor(((operand, source), (out, dim)), EARLY, receives)
         else:
             yield _factor((out, dim))
 

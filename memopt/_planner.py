@@ -110,6 +110,7 @@ def make_ladder(
     """
     start = time.perf_counter()
     step = Step(closed, target, passes, overrides, shardings)
+    start += step.compile_seconds
     plain = _search.plain_rung(step, donated)
     if step.survey is None:
         return Ladder([plain], step, time.perf_counter() - start)
@@ -155,6 +156,7 @@ def ladder_of_plan(
     start = time.perf_counter()
     variant = _split.Variant(plan.variant[0], tuple(plan.variant[1]), *plan.variant[2:]) if plan.variant else None
     step = Step(closed, target, passes, None, shardings, variant)
+    start += step.compile_seconds
     plan.check_fingerprint(step.fingerprint)
     plain = _search.plain_rung(step, donated)
     if step.survey is None:

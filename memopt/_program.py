@@ -16,6 +16,8 @@ from jax.extend.core import jaxpr_as_fun
 from memopt import _compat_frontend as compat
 from memopt import _planner
 from memopt._budget import Budget
+from memopt._compat import open_jaxpr
+from memopt._local import Shardings, leaf_shardings
 from memopt._scopes import MARKERS
 from memopt._signature import JitOptions, Signature, Statics
 from memopt._target import Target
@@ -39,9 +41,9 @@ class Settings:
         return self.passes == () and self.plan is None and self.budget == Budget()
 
 
-def make_ladder(closed_jaxpr: Any, donated: Sequence[bool], settings: Settings) -> Any:
+def make_ladder(closed_jaxpr: Any, donated: Sequence[bool], settings: Settings, shardings: Any = None) -> Any:
     """Ask the planner for the ladder of a step, or for the one rung of a saved plan."""
-    common = {"donated": donated, "target": settings.target, "scopes": MARKERS}
+    common = {"donated": donated, "target": settings.target, "scopes": MARKERS, "shardings": shardings}
     common["passes"] = default_passes() if settings.passes is None else settings.passes
     if settings.plan is not None:
         return _planner.ladder_of_plan(closed_jaxpr, settings.plan, **common)
@@ -79,6 +81,8 @@ class Program:
     measured: dict[int, int] = field(default_factory=dict)
     memory: Any = None
     out_shardings: Any = None  # those of the plain compiled step, where XLA chose them
+    plain_compiled: Any = None  # of a sharded step: the plain one, compiled, and its figures, once asked for
+    compile_plain: Callable[[], Any] | None = None  # does that; None where it is out of memory
     run: Any = None  # the jitted function that calls go to, once the plan is settled
     _rungs: dict[int, Any] = field(default_factory=dict)
 
@@ -101,7 +105,33 @@ class Program:
     @functools.cached_property
     def ladder(self) -> Any:
         """The plans of this step, made once."""
-        return make_ladder(self.closed_jaxpr, self.donated, self.settings)
+        sharded = {"shardings": self.shardings} if self.shardings.is_sharded else {}
+        return make_ladder(self.closed_jaxpr, self.donated, self.settings, **sharded)
+
+    @property
+    def local(self) -> Any:
+        """What one device holds of a sharded step's values, as the ladder was planned with; None for another step."""
+        return getattr(getattr(self.ladder, "step", None), "local", None)
+
+    @property
+    def argument_avals(self) -> list[Any]:
+        """The abstract value of each input, on one device."""
+        avals, local = self.closed_jaxpr.in_avals, self.local
+        return list(avals) if local is None else list(map(local.aval, open_jaxpr(self.closed_jaxpr).invars))
+
+    @functools.cached_property
+    def shardings(self) -> Shardings:
+        """What is known of the step's shardings: those of the options, else of the arguments."""
+        arguments, outputs = self.signature.shardings, None
+        if self.options.in_shardings is not None:
+            args, kwargs = jax.tree_util.tree_unflatten(self.signature.tree, self.signature.avals)
+            arguments = leaf_shardings(args, self.options.in_shardings)
+            arguments += [None] * len(jax.tree_util.tree_leaves(kwargs))
+        if self.options.out_shardings is not None:
+            results = jax.tree_util.tree_unflatten(self.traced.out_tree, self.closed_jaxpr.out_avals)
+            outputs = tuple(leaf_shardings(results, self.options.out_shardings))
+        before = (None,) * len(self.closed_over)
+        return Shardings((*before, *arguments), outputs, self.compile_plain)
 
     @property
     def rung(self) -> Any:
@@ -146,9 +176,7 @@ class Program:
     @property
     def leaves_shardings_open(self) -> bool:
         """Whether arguments are sharded, but it is left to XLA how the outputs are: a rewrite could change that."""
-        return self.options.out_shardings is None and any(
-            sharding is not None and len(sharding.device_set) > 1 for sharding in self.signature.shardings
-        )
+        return self.options.out_shardings is None and self.shardings.is_sharded
 
     def describe(self) -> str:
         """Return the step's name and its arguments in a few words: how many arrays, and the largest."""

@@ -37,6 +37,7 @@ class Step:
         self.closed, self.target, self.passes = closed, target, passes
         self.local = None if shardings is None else local_shapes(self.flat, shardings)
         self.notes = () if self.local is None else self.local.notes
+        self.compile_seconds = 0.0 if self.local is None else self.local.compile_seconds
         self.baseline_flops = _cost.matmul_flops(closed)
         self.baseline_seconds = self.seconds(closed)
         self.left: list[Left] = []

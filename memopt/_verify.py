@@ -17,6 +17,7 @@ from memopt._cost import aval_bytes
 from memopt._errors import BudgetError, format_bytes
 from memopt._measure import Memory, compile_lowered, lower_for
 from memopt._program import Program
+from memopt._target import devices
 from memopt._timeline import simulate
 
 logger = logging.getLogger("memopt")
@@ -121,11 +122,30 @@ def compile_rung(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> tu
 
 def lower_rung(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """Lower the chosen rung for the program's target."""
-    keep_shardings(program, args, kwargs)
+    keep_shardings(program)
     return lower_for(program.settings.target, program.jitted(program.index), args, kwargs)
 
 
-def keep_shardings(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> None:
+def compile_plain(program: Program) -> tuple[Any, Memory]:
+    """Compile the plain step of a sharded program, once; None and a `Memory` where it is out of memory."""
+    if program.plain_compiled is None:
+        target = program.settings.target
+        if target.attached and target.platform == jax.default_backend():
+            lowered = program.traced.lower()
+        else:
+            with jax.default_device(devices(target)[0]):
+                lowered = program.traced.lower(lowering_platforms=(target.lowering_platform,))
+        program.plain_compiled = compile_lowered(lowered, target)
+    return program.plain_compiled
+
+
+def plain_step(program: Program) -> Any:
+    """Return the compiled plain step; None where it is out of memory, or where nothing can be compiled for the target."""
+    target = program.settings.target
+    return None if target.platform == "gpu" and not target.attached else compile_plain(program)[0]
+
+
+def keep_shardings(program: Program) -> None:
     """Make the rewritten step return the shardings that the plain step returns.
 
     Costs nothing but where arguments are sharded and XLA chooses the shardings of the outputs: there the plain step is
@@ -133,8 +153,7 @@ def keep_shardings(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> 
     """
     if program.out_shardings is not None or not program.leaves_shardings_open or program.runs_plain:
         return
-    target = program.settings.target
-    compiled, memory = compile_lowered(lower_for(target, program.plain, args, kwargs), target)
+    compiled, memory = compile_plain(program)
     if compiled is None:
         logger.info("%s: the plain step is out of memory; XLA chooses the outputs' shardings", program.describe())
         return
@@ -198,9 +217,9 @@ def budget_error(program: Program, index: int, smallest_peak_bytes: int) -> Budg
 
 def _alive(program: Program, index: int) -> list[str]:
     jaxpr = program.ladder.rungs[index].jaxpr()
-    timeline = simulate(jaxpr, donated=program.donated, target=program.settings.target)
+    timeline = simulate(jaxpr, donated=program.donated, target=program.settings.target, local=program.local)
     found = [(live.bytes, f"{live.name} {live.source}".strip()) for live in timeline.alive()]
-    arguments = sum(map(aval_bytes, program.closed_jaxpr.in_avals))
+    arguments = sum(map(aval_bytes, program.argument_avals))
     ranked = sorted([(arguments, "arguments"), *found], key=lambda item: -item[0])
     return [f"{format_bytes(size)} {text}" for size, text in ranked[:_LISTED] if size]
 
@@ -215,10 +234,11 @@ def donation_advice(program: Program) -> list[str]:
     free.subtract(_buffer(aval) for aval, donated in zip(avals, program.donated, strict=True) if donated)
     paths = jax.tree_util.tree_leaves_with_path(program.traced.args_info, is_leaf=lambda x: hasattr(x, "donated"))
     saved: Counter[str] = Counter()
-    for (path, info), aval in zip(paths, avals[closed:], strict=True):
+    here = program.argument_avals[closed:]
+    for (path, info), aval, local in zip(paths, avals[closed:], here, strict=True):
         if not info.donated and free[_buffer(aval)] > 0:
             free[_buffer(aval)] -= 1
-            saved[_argument(path)] += aval_bytes(aval)
+            saved[_argument(path)] += aval_bytes(local)
     return [f"Donate {name}: {format_bytes(size)} less." for name, size in saved.most_common() if size]
 
 

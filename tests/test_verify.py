@@ -52,7 +52,7 @@ def rung(closed, peak_bytes):
 @pytest.fixture
 def use(monkeypatch):
     def set_ladder(*rungs):
-        monkeypatch.setattr(_program, "make_ladder", lambda closed, donated, settings: Ladder(closed, rungs))
+        monkeypatch.setattr(_program, "make_ladder", lambda closed, donated, settings, **_: Ladder(closed, rungs))
 
     return set_ladder
 
