@@ -91,14 +91,15 @@ class Fusion:
         self.written = written  # outputs that go straight into a stacked buffer
         self.base: list[int] = list(range(len(graph.avals)))
         self.mix: dict[int, tuple[int, ...]] = {}
-        self.fused_max: dict[int, int] = {}
+        self.fused_max: dict[int, set[int]] = {}
+        self.softmaxes: set[int] = set()
         self.stored: set[int] = set()
         self.direct: set[int] = set()
         self.need: list[int] = [-1] * len(graph.avals)
         self.ready: list[int] = [-1] * len(graph.avals)
         self.bytes = graph.bytes
         self.last: list[int] = [-1] * len(graph.avals)
-        self.roots: list[tuple[int, int]] = [(-1, -1)] * len(graph.avals)
+        self.roots: list[tuple[int, ...]] = [()] * len(graph.avals)  # the first three
         self.late: list[int] = [-1] * len(graph.avals)
         self.made: dict[int, int] = {}
         self.absorbed: dict[int, int] = {}
@@ -139,7 +140,7 @@ class Fusion:
         for out in op.outs:
             if not found:
                 base[out] = FREE
-            elif len(found) == 1:
+            elif len(found) == 1 and graph.bytes[next(iter(found))] <= size:
                 base[out] = next(iter(found))
             else:
                 self.mix[out] = tuple(found)
@@ -150,15 +151,14 @@ class Fusion:
             return False
         graph, (x, top) = self.graph, op.ins
         row = graph.avals[x].shape[-1] if getattr(graph.avals[x], "shape", ()) else 0
-        maker = graph.ops[graph.maker[top]] if graph.maker[top] >= 0 else None
-        source = self.base[x]
+        source, top = self.base[x], self.base[top]
+        maker = graph.ops[graph.maker[top]] if top >= 0 and graph.maker[top] >= 0 else None
         if not (128 <= row <= self.rules.softmax_row and row % 128 == 0 and maker and source >= 0):
             return False
-        if maker.name != "reduce_max" or self.base[maker.ins[0]] != source or graph.maker[source] < 0:
+        if maker.name != "reduce_max" or self.base[maker.ins[0]] != source:
             return False
-        if graph.ops[graph.maker[source]].name not in MATMULS or graph.bytes[source] >= graph.bytes[op.outs[0]]:
-            return False
-        self.fused_max[source] = op.outs[0]
+        self.fused_max[source] = {graph.maker[top], graph.maker[op.outs[0]]}
+        self.softmaxes.add(op.outs[0])
         return True
 
     def _is_one_hot(self, op: tg.Op) -> bool:
@@ -188,6 +188,8 @@ class Fusion:
                     self.direct.add(value)
                 elif op.name in ELEMENTWISE:
                     when = max(when, self.last[value])
+                    for source in self.mix.get(value, ()):
+                        self.late[source] = max(self.late[source], self.late[value])
             for value in op.ins:
                 if value >= 0 and self.base[value] >= 0:
                     self.late[self.base[value]] = max(self.late[self.base[value]], when)
@@ -206,39 +208,36 @@ class Fusion:
                 need = max([need, *(self.ready[v] for v in op.outs)])
                 all_out &= all(v in self.outputs for v in op.outs)
             for v in fused:
-                found += [r for r in self.roots[v] if r >= 0]
+                found += self.roots[v]
                 last, need = max(last, self.last[v]), max(need, self.need[v])
                 all_out &= self.all_out[v]
         if value in self.outputs and value not in self.written:
             last = self.end
         distinct = sorted(set(found))
-        self.roots[value] = (distinct + [-1, -1])[0], (distinct + [-1, -1])[-3] if len(distinct) > 1 else -1
+        self.roots[value] = tuple(distinct[:3])
         self.last[value], self.need[value], self.all_out[value] = last, need, all_out and bool(found)
 
     def _needs_buffer(self, op: tg.Op, index: int, value: int) -> bool:
         if value in self.outputs and value not in self.written:
             return True
-        first, second = self.roots[value]
-        if first < 0 or self.base[value] == FREE:
+        roots = self.roots[value]
+        if not roots or self.base[value] == FREE:
             return False
         if value in self.graph.forced:
             return True
         if op.name not in ELEMENTWISE:
-            return self._anchor_needs_buffer(op, index, value, first, second)
+            return self._anchor_needs_buffer(op, index, value)
         if self._read_whole(value):
             return True
-        if second < 0:
-            return False
-        return not self._is_repeated(value)
+        return len(roots) > 1 and not self._is_repeated(value)
 
     def _is_repeated(self, value: int) -> bool:
         """Whether every root computes `value` itself, from what is in memory as long anyway."""
-        base, last = self.base[value], self.last[value]
-        if base != value:
-            return self.graph.bytes[base] <= self.graph.bytes[value] or self.late[base] >= last
-        if value in self.fused_max.values():
+        if self.base[value] != value:
+            return True
+        if value in self.softmaxes:
             return False
-        return all(self.late[b] >= last for b in self.mix.get(value, (value,)))
+        return all(self.late[b] >= self.last[value] for b in self.mix.get(value, (value,)))
 
     def _read_whole(self, value: int) -> bool:
         """Whether an operation that is no fusion reads this very value."""
@@ -253,14 +252,15 @@ class Fusion:
             return value == op.ins[0] and not self._is_one_hot(op)
         return True
 
-    def _anchor_needs_buffer(self, op: tg.Op, index: int, value: int, first: int, second: int) -> bool:
+    def _anchor_needs_buffer(self, op: tg.Op, index: int, value: int) -> bool:
         graph = self.graph
         if op.name in MATMULS or op.name in RANDOM or op.name in REDUCTIONS:
-            if value in self.fused_max:
+            if self.fused_max.get(value, set()) >= set(self.roots[value]):
                 return False
             if self.all_out[value] and self._ready_with(value, index):
                 return False
-            if second < 0 and self._takes(graph.ops[first], first, index, op):
+            roots = self.roots[value]
+            if len(roots) == 1 and self._takes(graph.ops[roots[0]], roots[0], index, op):
                 return False
         return True
 
