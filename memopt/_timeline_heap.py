@@ -6,6 +6,7 @@ lays out for them, with the holes its order leaves. Pure arithmetic: nothing her
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import heapq
 from collections.abc import Sequence
@@ -54,38 +55,26 @@ def heap_bytes(buffers: Sequence[Buffer], share: float = 1 / 4096) -> int:
 
 
 def _place(buffers: Sequence[Buffer]) -> int:
-    free: list[list[int]] = []
+    """Place buffers in order of their start, each in the smallest hole below another live one that holds it."""
+    placed: list[tuple[int, int]] = []  # (low, high), sorted
     ends: list[tuple[int, int, int]] = []
     top = 0
     for b in buffers:
         while ends and ends[0][0] < b.start:
             _, low, high = heapq.heappop(ends)
-            _release(free, low, high)
-        hole = min((f for f in free if f[1] - f[0] >= b.bytes), key=lambda f: f[1] - f[0], default=None)
-        if hole is None:
-            if free and free[-1][1] == top:
-                low = free.pop()[0]
-            else:
-                low = top
-            top = low + b.bytes
-        else:
-            low = hole[0]
-            hole[0] += b.bytes
-            if hole[0] == hole[1]:
-                free.remove(hole)
-        heapq.heappush(ends, (b.end, low, low + b.bytes))
+            del placed[bisect.bisect_left(placed, (low, high))]
+        at = _hole(placed, b.bytes)
+        bisect.insort(placed, (at, at + b.bytes))
+        heapq.heappush(ends, (b.end, at, at + b.bytes))
+        top = max(top, at + b.bytes)
     return top
 
 
-def _release(free: list[list[int]], low: int, high: int) -> None:
-    place = 0
-    while place < len(free) and free[place][0] < low:
-        place += 1
-    if place and free[place - 1][1] == low:
-        free[place - 1][1] = high
-        if place < len(free) and free[place][0] == high:
-            free[place - 1][1] = free.pop(place)[1]
-    elif place < len(free) and free[place][0] == high:
-        free[place][0] = low
-    else:
-        free.insert(place, [low, high])
+def _hole(placed: Sequence[tuple[int, int]], size: int) -> int:
+    best, at, edge = None, 0, 0
+    for low, high in placed:
+        room = low - edge
+        if room >= size and (best is None or room < best):
+            best, at = room, edge
+        edge = max(edge, high)
+    return edge if best is None else at
