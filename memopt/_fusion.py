@@ -1,36 +1,63 @@
 """Which values XLA really puts in memory, and which only ever live inside a fused kernel.
 
-In comes a `Graph` (or a jaxpr), out goes the set of values that get a buffer. Every rule is a named fact about XLA's
-fusion; what differs between backends stands in one table. It may not look at time: when a buffer is alive is the
-timeline's business.
+In comes a `Graph` (or a jaxpr), out go the values that get a buffer, each with its bytes, when it is made and when it is
+read last. Every rule is a named fact about XLA's fusion; what differs between backends stands in one table. Nothing here
+knows of loops around the computation, of donation or of addresses: those are the timeline's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from memopt import _timeline_graph as tg
 
-#: Element-wise and data-movement operations that XLA computes inside the kernel of whoever reads them.
+#: Element-wise and data-movement operations: XLA computes them inside the kernel of whoever reads them.
 CHEAP = frozenset(
-    "abs add add_any and broadcast_in_dim ceil clamp complex conj convert_element_type copy div eq expand_dims floor ge "
-    "gt imag integer_pow iota is_finite le lt max min mul ne neg not or pad real reduce_precision reshape rev round "
-    "select_n shift_left shift_right_arithmetic shift_right_logical sign slice square sub transpose xor "
-    "dynamic_slice concatenate rem nextafter population_count clz full empty".split()
+    "abs add add_any and broadcast_in_dim ceil clamp complex conj convert_element_type copy copy_p div eq expand_dims "
+    "floor ge gt imag integer_pow iota is_finite le lt max min mul ne neg not or pad real reduce_precision reshape rev "
+    "round select_n shift_left shift_right_arithmetic shift_right_logical sign slice split square sub transpose xor "
+    "dynamic_slice concatenate rem nextafter population_count clz full empty tile bitcast_convert_type".split()
 )
-#: Element-wise operations that XLA does not repeat for each reader.
+#: The same for functions that take many instructions.
 EXPENSIVE = frozenset(
     "acos acosh asin asinh atan atan2 atanh cbrt cos cosh digamma erf erf_inv erfc exp exp2 expm1 lgamma log log1p "
-    "logistic pow rsqrt sin sinh sqrt tan tanh random_bits threefry2x32 random_fold_in random_split random_seed "
-    "erf_inv igamma polygamma".split()
-)
-#: Operations that take their element-wise producers into their own kernel.
-ABSORBING = frozenset(
-    "dot_general conv_general_dilated reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor "
-    "argmax argmin dynamic_update_slice scatter scatter-add scatter_add gather select_and_gather_add "
-    "reduce_window reduce_window_sum reduce_window_max cumsum cumlogsumexp cummax cummin cumprod".split()
+    "logistic pow rsqrt sin sinh sqrt tan tanh igamma polygamma random_fold_in random_split random_seed".split()
 )
 ELEMENTWISE = CHEAP | EXPENSIVE
+MATMULS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
+REDUCTIONS = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor reduce argmax argmin "
+    "reduce_window reduce_window_sum reduce_window_max reduce_window_min".split()
+)
+#: Operations that overwrite their first operand where it dies there.
+UPDATES = frozenset(
+    "dynamic_update_slice scatter scatter-add scatter_add scatter-mul scatter-min scatter-max scatter_mul".split()
+)
+RANDOM = frozenset({"random_bits", "threefry2x32", "rng_bit_generator"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What differs between backends.
+
+    Args:
+      narrows_matmul_operands: a float32 value that only default-precision matmuls read is stored as bfloat16 (TPU).
+      fuses_into_matmuls: element-wise producers and consumers run inside matmul kernels (TPU).
+      softmax_row: rows of at most this many elements go from the matmul through their maximum to `x - max` in one
+        kernel, so that only `x - max` is stored, in the wider type.
+    """
+
+    narrows_matmul_operands: bool
+    fuses_into_matmuls: bool
+    softmax_row: int
+
+
+RULES = {
+    "tpu": Rules(True, True, 1024),
+    "cpu": Rules(False, False, 0),
+    "gpu": Rules(False, False, 0),
+}
 
 
 def materialised(jaxpr: Any, platform: str) -> set[Any]:
@@ -44,27 +71,219 @@ def materialised(jaxpr: Any, platform: str) -> set[Any]:
       The set of variables of this jaxpr that get a buffer.
     """
     graph = tg.flatten(getattr(jaxpr, "jaxpr", jaxpr), platform)
-    kept = stored(graph)
+    kept = Fusion(graph).stored | set(graph.inputs)
     return {var for var, value in graph.number.items() if value in kept}
 
 
-def stored(graph: tg.Graph) -> set[int]:
-    """Return the values of `graph` that get a buffer; arguments always do."""
-    kept = set(graph.inputs) | {v for v in graph.outputs if v >= 0} | graph.forced
-    for index in range(len(graph.ops) - 1, -1, -1):
-        op = graph.ops[index]
-        for value in op.outs:
-            if value not in kept and not _fuses(graph, op, value):
-                kept.add(value)
-    return kept
+FREE, INFINITE = -1, 1 << 60
 
 
-def _fuses(graph: tg.Graph, op: tg.Op, value: int) -> bool:
-    readers = graph.uses[value]
-    if not readers:
+class Fusion:
+    """The decisions for one graph: `stored`, `bytes`, `made` and `last` (operation indices) per value.
+
+    A *root* is an operation that writes its result to memory or reads its operands from it. A value whose readers, seen
+    through fused operations, are one root lives inside that root's kernel. With more roots it is stored, unless what it is
+    computed from is in memory at least as long anyway: then each root computes it again.
+    """
+
+    def __init__(self, graph: tg.Graph, written: frozenset[int] = frozenset()):
+        self.graph, self.rules = graph, RULES[graph.platform]
+        self.written = written  # outputs that go straight into a stacked buffer
+        self.base: list[int] = list(range(len(graph.avals)))
+        self.mix: dict[int, tuple[int, ...]] = {}
+        self.fused_max: dict[int, set[int]] = {}
+        self.softmaxes: set[int] = set()
+        self.stored: set[int] = set()
+        self.direct: set[int] = set()
+        self.need: list[int] = [-1] * len(graph.avals)
+        self.ready: list[int] = [-1] * len(graph.avals)
+        self.bytes = graph.bytes
+        self.last: list[int] = [-1] * len(graph.avals)
+        self.roots: list[tuple[int, ...]] = [()] * len(graph.avals)  # the first three
+        self.late: list[int] = [-1] * len(graph.avals)
+        self.made: dict[int, int] = {}
+        self.absorbed: dict[int, int] = {}
+        self.all_out: list[bool] = [False] * len(graph.avals)
+        self.end = len(graph.ops)
+        self.outputs = {v for v in graph.outputs if v >= 0}
+        self._find_bases()
+        self._decide()
+        self._schedule()
+
+    # What each element-wise value is computed from.
+
+    def _find_bases(self) -> None:
+        graph, base = self.graph, self.base
+        for value, maker in enumerate(graph.maker):
+            if maker == -2:
+                base[value] = FREE
+        for value in graph.inputs:
+            self.late[value] = INFINITE
+        for index, op in enumerate(graph.ops):
+            if not op.live:
+                continue
+            when = index
+            if op.name in ELEMENTWISE:
+                self._base_of(op, index)
+                when = max((self.ready[v] for v in op.ins if v >= 0), default=-1)
+            elif self._is_one_hot(op):
+                base[op.outs[0]] = FREE
+            for value in op.outs:
+                self.ready[value] = when
+
+    def _base_of(self, op: tg.Op, index: int) -> None:
+        graph, base = self.graph, self.base
+        size = graph.bytes[op.outs[0]]
+        found = {base[v] for v in op.ins if v >= 0 and base[v] >= 0 and graph.bytes[base[v]] * 16 > size}
+        if self._ends_softmax(op):
+            return
+        for out in op.outs:
+            if not found:
+                base[out] = FREE
+            elif len(found) == 1 and graph.bytes[next(iter(found))] <= size:
+                base[out] = next(iter(found))
+            else:
+                self.mix[out] = tuple(found)
+
+    def _ends_softmax(self, op: tg.Op) -> bool:
+        """Whether this is `x - max(x)` behind a matmul, which the TPU backend computes in the matmul's kernel."""
+        if op.name != "sub" or not self.rules.softmax_row or -1 in op.ins:
+            return False
+        graph, (x, top) = self.graph, op.ins
+        row = graph.avals[x].shape[-1] if getattr(graph.avals[x], "shape", ()) else 0
+        source, top = self.base[x], self.base[top]
+        maker = graph.ops[graph.maker[top]] if top >= 0 and graph.maker[top] >= 0 else None
+        if not (128 <= row <= self.rules.softmax_row and row % 128 == 0 and maker and source >= 0):
+            return False
+        if maker.name != "reduce_max" or self.base[maker.ins[0]] != source:
+            return False
+        self.fused_max[source] = {graph.maker[top], graph.maker[op.outs[0]]}
+        self.softmaxes.add(op.outs[0])
         return True
-    if op.name not in ELEMENTWISE:
-        return False
-    if any(graph.ops[r].name not in ELEMENTWISE and graph.ops[r].name not in ABSORBING for r in readers):
-        return False
-    return True
+
+    def _is_one_hot(self, op: tg.Op) -> bool:
+        """Whether a scatter of single elements into a constant becomes a comparison with an iota."""
+        if not op.name.startswith("scatter") or self.base[op.ins[0]] != FREE or self.rules.softmax_row == 0:
+            return False
+        graph = self.graph
+        updates = tg.elements(graph.avals[op.ins[2]]) if op.ins[2] >= 0 else 1
+        numbers = op.eqn.params.get("dimension_numbers")
+        return updates * 2 <= tg.elements(graph.avals[op.outs[0]]) and not numbers.update_window_dims
+
+    # Who is stored, from the last operation to the first.
+
+    def _decide(self) -> None:
+        graph = self.graph
+        for index in range(self.end - 1, -1, -1):
+            op = graph.ops[index]
+            if not op.live:
+                continue
+            when = index
+            for value in op.outs:
+                self._gather(value)
+                if self._needs_buffer(op, index, value):
+                    self.stored.add(value)
+                elif value in self.written:
+                    self.stored.add(value)
+                    self.direct.add(value)
+                elif op.name in ELEMENTWISE:
+                    when = max(when, self.last[value])
+                    for source in self.mix.get(value, ()):
+                        self.late[source] = max(self.late[source], self.late[value])
+            for value in op.ins:
+                if value >= 0 and self.base[value] >= 0:
+                    self.late[self.base[value]] = max(self.late[self.base[value]], when)
+
+    def _gather(self, value: int) -> None:
+        """Collect the roots that read `value`, through the operations that are fused into them."""
+        graph = self.graph
+        found: list[int] = []
+        last, need, all_out = -1, -1, True
+        for reader in graph.uses[value]:
+            op = graph.ops[reader]
+            fused = [v for v in op.outs if v not in self.stored] if op.name in ELEMENTWISE else []
+            if len(fused) < len(op.outs) or not op.outs:
+                found.append(reader)
+                last = max(last, reader)
+                need = max([need, *(self.ready[v] for v in op.outs)])
+                all_out &= all(v in self.outputs for v in op.outs)
+            for v in fused:
+                found += self.roots[v]
+                last, need = max(last, self.last[v]), max(need, self.need[v])
+                all_out &= self.all_out[v]
+        if value in self.outputs and value not in self.written:
+            last = self.end
+        distinct = sorted(set(found))
+        self.roots[value] = tuple(distinct[:3])
+        self.last[value], self.need[value], self.all_out[value] = last, need, all_out and bool(found)
+
+    def _needs_buffer(self, op: tg.Op, index: int, value: int) -> bool:
+        if value in self.outputs and value not in self.written:
+            return True
+        roots = self.roots[value]
+        if not roots or self.base[value] == FREE:
+            return False
+        if value in self.graph.forced:
+            return True
+        if op.name not in ELEMENTWISE:
+            return self._anchor_needs_buffer(op, index, value)
+        if self._read_whole(value):
+            return True
+        return len(roots) > 1 and not self._is_repeated(value)
+
+    def _is_repeated(self, value: int) -> bool:
+        """Whether every root computes `value` itself, from what is in memory as long anyway."""
+        if self.base[value] != value:
+            return True
+        if value in self.softmaxes:
+            return False
+        return all(self.late[b] >= self.last[value] for b in self.mix.get(value, (value,)))
+
+    def _read_whole(self, value: int) -> bool:
+        """Whether an operation that is no fusion reads this very value."""
+        return any(self._is_opaque(self.graph.ops[r], value) for r in self.graph.uses[value])
+
+    def _is_opaque(self, op: tg.Op, value: int) -> bool:
+        if op.name in ELEMENTWISE or op.name in REDUCTIONS:
+            return False
+        if op.name in MATMULS:
+            return not self.rules.fuses_into_matmuls
+        if op.name in UPDATES:
+            return value == op.ins[0] and not self._is_one_hot(op)
+        return True
+
+    def _anchor_needs_buffer(self, op: tg.Op, index: int, value: int) -> bool:
+        graph = self.graph
+        if op.name in MATMULS or op.name in RANDOM or op.name in REDUCTIONS:
+            if self.fused_max.get(value, set()) >= set(self.roots[value]):
+                return False
+            if self.all_out[value] and self._ready_with(value, index):
+                return False
+            roots = self.roots[value]
+            if len(roots) == 1 and self._takes(graph.ops[roots[0]], roots[0], index, op):
+                return False
+        return True
+
+    def _takes(self, root: tg.Op, place: int, index: int, op: tg.Op) -> bool:
+        """Whether the kernel of `root` can compute this anchor as well: one matmul in a kernel, none below another."""
+        if root.name in REDUCTIONS:
+            return self.rules.fuses_into_matmuls or op.name not in MATMULS
+        if root.name not in ELEMENTWISE:
+            return op.name in RANDOM and root.name in MATMULS
+        if op.name in MATMULS and self.absorbed.setdefault(place, index) != index:
+            return False
+        return self.rules.fuses_into_matmuls or op.name not in MATMULS
+
+    def _ready_with(self, value: int, index: int) -> bool:
+        """Whether all that the readers of `value` need besides it is there when `value` is made."""
+        return self.rules.fuses_into_matmuls and self.need[value] <= index
+
+    # When each stored value is made.
+
+    def _schedule(self) -> None:
+        """Place fused outputs where their last operand is there: XLA's scheduler runs an update with its gradient."""
+        for index, op in enumerate(self.graph.ops):
+            for value in op.outs:
+                if value in self.stored:
+                    moved = value in self.outputs or index in self.absorbed
+                    self.made[value] = max(self.ready[value], 0) if moved else index

@@ -1,19 +1,19 @@
 """The timeline's own view of one computation: a flat list of operations over numbered values.
 
 In comes a jaxpr (the step itself or a loop's body); out goes a `Graph` in which calls that XLA inlines are dissolved,
-values that are one buffer by another name are one number, and every value knows its bytes, its maker and its readers.
-Nothing here decides what is fused or when a buffer dies; nothing here may change the jaxpr.
+values that are one buffer by another name are one number, dead operations are marked, and every value knows its bytes,
+its maker and its readers. Nothing here decides what is fused or when a buffer dies; nothing may change the jaxpr.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
-import jax.numpy as jnp
 from jax.extend import core
+
+from memopt import _cost
 
 #: Calls that XLA inlines: their equations run among the caller's own.
 INLINED = frozenset(
@@ -22,10 +22,9 @@ INLINED = frozenset(
 )
 #: Operations whose result is their operand's buffer: no bytes move.
 ALIASES = frozenset(
-    "squeeze expand_dims name optimization_barrier stop_gradient sharding_constraint pvary pcast mesh_cast "
-    "reshard copy_p checkpoint_name random_wrap random_unwrap bitcast_convert_type layout_constraint".split()
+    "reshape squeeze expand_dims name optimization_barrier stop_gradient sharding_constraint pvary pcast mesh_cast "
+    "reshard copy_p random_wrap random_unwrap layout_constraint".split()
 )
-_SUBLANES = {1: 32, 2: 16, 4: 8, 8: 8}
 
 
 @dataclasses.dataclass(slots=True)
@@ -38,11 +37,11 @@ class Op:
     path: str
     ins: list[int]
     outs: list[int]
-    fenced: bool = False
+    live: bool = False
 
 
 class Graph:
-    """Operations over numbered values; see `flatten`."""
+    """Operations over numbered values; see `flatten`. A value's maker is -1 for inputs and -2 for constants."""
 
     def __init__(self, platform: str):
         self.platform = platform
@@ -57,6 +56,7 @@ class Graph:
         self.number: dict[Any, int] = {}
 
     def new(self, aval: Any, maker: int) -> int:
+        """Add a value and return its number."""
         self.avals.append(aval)
         self.bytes.append(buffer_bytes(aval, self.platform))
         self.maker.append(maker)
@@ -64,47 +64,15 @@ class Graph:
         return len(self.avals) - 1
 
 
-def logical_bytes(aval: Any) -> int:
-    """Return the bytes of an array without any padding (tokens 0, PRNG keys by their base array)."""
-    shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
-    if shape is None or dtype is None:
-        return 0
-    return math.prod(shape) * _item_bytes(dtype)
-
-
 def buffer_bytes(aval: Any, platform: str) -> int:
     """Return the bytes that a buffer of `aval` takes on `platform`, tile-padded on TPU for the best layout."""
-    shape, dtype = getattr(aval, "shape", None), getattr(aval, "dtype", None)
-    return 0 if shape is None or dtype is None else _buffer_bytes(tuple(shape), dtype, platform)
+    return _cost.padded_bytes(aval, platform)
 
 
-@functools.lru_cache(maxsize=65536)
-def _buffer_bytes(shape: tuple[int, ...], dtype: Any, platform: str) -> int:
-    size = math.prod(shape) * _item_bytes(dtype)
-    if platform != "tpu" or size == 0:
-        return size if size == 0 else -(-size // 64) * 64
-    item = max(1, _item_bytes(dtype))
-    return max(512, math.prod(_tiled(shape, item)) * item)
-
-
-def _tiled(shape: tuple[int, ...], item: int) -> tuple[int, ...]:
-    dims = [d for d in shape if d != 1]
-    if len(dims) < 2:
-        return (-(-math.prod(dims) // 128) * 128,)
-    total, best = math.prod(dims), None
-    rows = _SUBLANES.get(item, 8)
-    for i, minor in enumerate(dims):
-        for k, second in enumerate(dims):
-            if i != k:
-                size = total // (minor * second) * (-(-minor // 128) * 128) * (-(-second // rows) * rows)
-                best = size if best is None else min(best, size)
-    return (best,)
-
-
-def _item_bytes(dtype: Any) -> int:
-    if hasattr(dtype, "_impl"):
-        return 4 * math.prod(dtype._impl.key_shape)
-    return max(1, jnp.dtype(dtype).itemsize)
+def elements(aval: Any) -> int:
+    """Return the number of elements, 0 for what is no array."""
+    shape = getattr(aval, "shape", None)
+    return 0 if shape is None else math.prod(shape)
 
 
 def bodies(eqn: Any) -> list[Any]:
@@ -119,7 +87,7 @@ def bodies(eqn: Any) -> list[Any]:
 
 
 def flatten(jaxpr: Any, platform: str) -> Graph:
-    """Build the graph of `jaxpr`, dissolving the calls that XLA inlines."""
+    """Build the graph of `jaxpr`, dissolving the calls that XLA inlines and marking what is live."""
     graph = Graph(platform)
     env: dict[Any, int] = {}
     for var in [*jaxpr.constvars, *jaxpr.invars]:
@@ -127,30 +95,41 @@ def flatten(jaxpr: Any, platform: str) -> Graph:
         graph.inputs.append(env[var])
     for index, eqn in enumerate(jaxpr.eqns):
         _add(graph, eqn, env, index, "")
-    graph.outputs = [_read(graph, env, v) for v in jaxpr.outvars]
+    graph.outputs = [_read(env, v) for v in jaxpr.outvars]
     graph.number = env
-    for index, op in enumerate(graph.ops):
-        for value in set(op.ins):
-            if value >= 0:
-                graph.uses[value].append(index)
+    _mark_live(graph)
     return graph
 
 
-def _read(graph: Graph, env: dict[Any, int], atom: Any) -> int:
+def _mark_live(graph: Graph) -> None:
+    """Find what XLA's dead-code elimination leaves, and note each value's readers among it."""
+    wanted = set(graph.outputs)
+    for index in range(len(graph.ops) - 1, -1, -1):
+        op = graph.ops[index]
+        op.live = bool(op.eqn.effects) or any(v in wanted for v in op.outs)
+        if op.live:
+            wanted.update(op.ins)
+            for value in set(op.ins):
+                if value >= 0:
+                    graph.uses[value].append(index)
+    for readers in graph.uses:
+        readers.reverse()
+
+
+def _read(env: dict[Any, int], atom: Any) -> int:
     return -1 if isinstance(atom, core.Literal) else env[atom]
 
 
 def _add(graph: Graph, eqn: Any, env: dict[Any, int], top: int, path: str) -> None:
     name = eqn.primitive.name
-    ins = [_read(graph, env, a) for a in eqn.invars]
+    ins = [-1 if isinstance(a, core.Literal) else env[a] for a in eqn.invars]
     if name in INLINED:
         inner = bodies(eqn)
-        if len(inner) >= 1 and len(inner[0].outvars) == len(eqn.outvars):
+        if inner and len(inner[0].outvars) == len(eqn.outvars):
             _inline(graph, eqn, inner[0], env, ins, top, path)
             return
-    if name == "reshape" or name in ALIASES or _same_size(eqn):
-        if _alias(graph, eqn, env, ins, name):
-            return
+    if (name in ALIASES or _only_renames(eqn)) and _alias(graph, eqn, env, ins, name):
+        return
     op = Op(name, eqn, top, path, ins, [])
     graph.ops.append(op)
     for var in eqn.outvars:
@@ -158,10 +137,12 @@ def _add(graph: Graph, eqn: Any, env: dict[Any, int], top: int, path: str) -> No
         op.outs.append(env[var])
 
 
-def _same_size(eqn: Any) -> bool:
+def _only_renames(eqn: Any) -> bool:
     if eqn.primitive.name == "broadcast_in_dim":
         operand = eqn.invars[0].aval
-        return math.prod(operand.shape) == math.prod(eqn.outvars[0].aval.shape) and operand.ndim > 0
+        return elements(operand) == elements(eqn.outvars[0].aval) and operand.ndim > 0
+    if eqn.primitive.name == "convert_element_type":
+        return eqn.invars[0].aval.dtype == eqn.outvars[0].aval.dtype
     return False
 
 
@@ -172,7 +153,7 @@ def _alias(graph: Graph, eqn: Any, env: dict[Any, int], ins: list[int], name: st
         env[var] = value
         if name == "optimization_barrier":
             graph.forced.add(value)
-        else:
+        elif name != "random_wrap" and name != "random_unwrap":
             graph.bytes[value] = min(graph.bytes[value], buffer_bytes(var.aval, graph.platform))
     return True
 
@@ -190,5 +171,5 @@ def _inline(graph: Graph, eqn: Any, body: Any, env: dict, ins: list[int], top: i
     for sub in body.eqns:
         _add(graph, sub, inner, top, stack)
     for var, atom in zip(eqn.outvars, body.outvars):
-        value = _read(graph, inner, atom)
+        value = _read(inner, atom)
         env[var] = value if value >= 0 else graph.new(var.aval, -2)

@@ -1,0 +1,289 @@
+"""Lifetimes: the buffers of one computation and of the bodies inside it, on one line of time.
+
+In comes a jaxpr and its fusion decisions; out go buffers with a start and an end, and the bytes alive per equation. Here
+stand the facts about loops: carries that are updated in place or copied, stacked buffers that are whole from the start of
+the loop, casts of whole stacks that leave the loop. It decides nothing about fusion and knows no addresses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from memopt import _compat
+from memopt import _timeline_graph as tg
+from memopt._fusion import ELEMENTWISE, FREE, MATMULS, UPDATES, Fusion
+from memopt._timeline_heap import Buffer, live_bytes
+
+LOOPS = frozenset({"scan", "while"})
+
+
+class Run:
+    """The buffers of one computation; call `lay_out` before reading `buffers` and `usage`."""
+
+    def __init__(self, jaxpr: Any, platform: str, cache: dict, loop: Layout | None = None):
+        self.jaxpr = jaxpr
+        self.graph = graph = tg.flatten(jaxpr, platform)
+        self.count, self.loop = len(jaxpr.eqns), loop
+        written = frozenset(graph.outputs[loop.carried :]) - {-1} if loop else frozenset()
+        self.fusion = Fusion(graph, written)
+        self.bodies: dict[int, list[Run]] = {}
+        self.inner: dict[int, Run] = {}
+        self.across_loops: set[int] = set()
+        self.buffers: list[Buffer] = []
+        self.length = 0
+        self._laid: Any = None
+        self._vars: dict[int, Any] = {}
+        for index, op in enumerate(graph.ops):
+            if op.live and op.name != "pallas_call":
+                self._enter(index, op, platform, cache)
+
+    def _enter(self, index: int, op: tg.Op, platform: str, cache: dict) -> None:
+        layout = loop_layout(op)
+        for body in tg.bodies(op.eqn):
+            loop = layout if layout and len(body.outvars) == len(op.outs) else None
+            key = (id(body), platform, loop)
+            if key not in cache:
+                cache[key] = (Run(body, platform, cache, loop), body)
+            run = cache[key][0]
+            self.bodies.setdefault(index, []).append(run)
+            if op.top not in self.inner or run.graph.ops and len(run.graph.ops) > len(self.inner[op.top].graph.ops):
+                self.inner[op.top] = run
+
+    # Reading.
+
+    def var_of(self, value: int) -> Any:
+        """Return a variable of the jaxpr that stands for `value`."""
+        if not self._vars:
+            self._vars = {v: var for var, v in reversed(list(self.graph.number.items()))}
+        return self._vars.get(value)
+
+    def top_of(self, index: int) -> int:
+        """Return the equation of the jaxpr that holds operation `index`."""
+        ops = self.graph.ops
+        return ops[index].top if 0 <= index < len(ops) else self.count
+
+    def peak_time(self, index: int) -> int | None:
+        """Return the time at which most is alive while equation `index` runs."""
+        spans = [self.span[i] for i, op in enumerate(self.graph.ops) if op.top == index and i in self.span]
+        times = [t for low, high in spans for t in range(low, high + 1)]
+        return max(times, key=lambda t: self.live[t], default=None)
+
+    # Writing.
+
+    def lay_out(self, aliased: Sequence[bool]) -> None:
+        """Place every buffer on the line of time."""
+        if self._laid == tuple(aliased):
+            return
+        self._laid = tuple(aliased)
+        self.buffers, self.span = [], {}
+        self.length = self.emit(self.buffers, 0, aliased)
+        self.live = live_bytes(self.buffers, self.length)
+        self.usage = np.zeros(self.count, np.int64)
+        for index, (low, high) in self.span.items():
+            top = self.graph.ops[index].top
+            self.usage[top] = max(self.usage[top], max(self.live[low : high + 1]))
+
+    def emit(self, out: list[Buffer], start: int, aliased: Sequence[bool] = ()) -> int:
+        """Add this computation's buffers from time `start` on; return the time at which it ends."""
+        graph, fusion = self.graph, self.fusion
+        span: dict[int, tuple[int, int]] = {}
+        now = start
+        for index, op in enumerate(graph.ops):
+            if op.live:
+                low = now = now + 1
+                for body in self.bodies.get(index, ()):
+                    now = body.emit(out, now) + 1
+                span[index] = (low, now)
+        if out is self.buffers:
+            self.span = span
+        writer = _Writer(self, out, span, now + 1)
+        writer.place()
+        return now + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a loop's operands divide: constants first, then carries, then scanned inputs."""
+
+    consts: int
+    carried: int
+    scanned: int
+
+
+def loop_layout(op: tg.Op) -> Layout | None:
+    """Return the layout of a loop's operands and results, None for what is no loop."""
+    if op.name == "scan":
+        consts, carried = _compat.scan_layout(op.eqn)
+        return Layout(consts, carried, len(op.ins) - consts - carried)
+    if op.name == "while":
+        return Layout(len(op.ins) - len(op.outs), len(op.outs), 0)
+    return None
+
+
+class _Writer:
+    """Places one computation's stored values as buffers."""
+
+    def __init__(self, run: Run, out: list[Buffer], span: dict[int, tuple[int, int]], end: int):
+        self.run, self.out, self.span, self.end = run, out, span, end
+        self.graph, self.fusion = run.graph, run.fusion
+        self.buffer: dict[int, Buffer] = {}
+
+    def place(self) -> None:
+        graph, fusion = self.graph, self.fusion
+        loops: list[int] = []
+        for index, op in enumerate(graph.ops):
+            if not op.live:
+                continue
+            if op.name in LOOPS:
+                loops.append(index)
+                self._loop(index, op)
+                continue
+            for value in op.outs:
+                if value in fusion.stored and value not in fusion.direct:
+                    self._value(index, op, value)
+        self._hoist_casts(loops)
+
+    def _when(self, index: int, *, late: bool = False) -> int:
+        if index >= len(self.graph.ops) or index < 0:
+            return self.end if index >= 0 else min((low for low, _ in self.span.values()), default=self.end)
+        low, high = self.span[index]
+        return high if late else low
+
+    def _value(self, index: int, op: tg.Op, value: int) -> None:
+        fusion = self.fusion
+        made, last = fusion.made.get(value, index), fusion.last[value]
+        if value in fusion.outputs and not self.run.loop:
+            self._output(index, op, value)
+            return
+        if self.run.loop and value in fusion.outputs and self._written_in_place(made, op, value):
+            return
+        end = self._when(last, late=True)
+        shared = self._dying_operand(index, op, value)
+        if shared is not None:
+            shared.end = max(shared.end, end)
+            self.buffer[value] = shared
+            return
+        size = self._bytes(value)
+        start = self._when(made)
+        self._add(Buffer(size, start, max(start, end), max(start, end), (self.run, value)), value)
+
+    def _add(self, buffer: Buffer, value: int) -> None:
+        self.out.append(buffer)
+        self.buffer[value] = buffer
+
+    def _output(self, index: int, op: tg.Op, value: int) -> None:
+        """An output has its own allocation; it takes over the buffer of an equal temporary that dies in it."""
+
+    def _bytes(self, value: int) -> int:
+        size = self.graph.bytes[value]
+        if self.fusion.rules.narrows_matmul_operands and self._only_matmuls_read(value):
+            return size // 2
+        return size
+
+    def _only_matmuls_read(self, value: int) -> bool:
+        graph = self.graph
+        if str(getattr(graph.avals[value], "dtype", "")) != "float32" or value in self.fusion.outputs:
+            return False
+        return bool(graph.uses[value]) and all(self._narrows(r, value) for r in graph.uses[value])
+
+    def _narrows(self, index: int, value: int) -> bool:
+        op = self.graph.ops[index]
+        if op.name in MATMULS:
+            return op.eqn.params.get("precision") is None
+        if op.name == "convert_element_type":
+            return str(op.eqn.params["new_dtype"]) == "bfloat16"
+        if op.name == "scan":
+            body = self.run.bodies[index][-1]
+            return all(_narrowed_inside(body, place - len(op.ins)) for place, v in enumerate(op.ins) if v == value)
+        return False
+
+    def _dying_operand(self, index: int, op: tg.Op, value: int) -> Buffer | None:
+        if op.name not in ELEMENTWISE and op.name not in UPDATES:
+            return None
+        size, fusion = self.graph.bytes[value], self.fusion
+        for operand in op.ins if op.name in ELEMENTWISE else op.ins[:1]:
+            base = fusion.base[operand] if operand >= 0 else FREE
+            found = self.buffer.get(base)
+            if found is not None and fusion.last[base] == index and found.bytes == size:
+                return found
+        return None
+
+    def _written_in_place(self, made: int, op: tg.Op, value: int) -> bool:
+        """Whether a body's new carry is computed into the buffer of the old one, which is not read any more."""
+        graph, fusion = self.graph, self.fusion
+        loop = self.run.loop
+        for place in [i for i, v in enumerate(graph.outputs[: loop.carried]) if v == value][:1]:
+            old = graph.inputs[place - loop.scanned - loop.carried]
+            last = max((self._root_time(r, old) for r in graph.uses[old]), default=-1)
+            if last < made or (last == made and (op.name in ELEMENTWISE or op.name in UPDATES)):
+                return True
+        return False
+
+    def _root_time(self, reader: int, value: int) -> int:
+        op = self.graph.ops[reader]
+        if op.name in ELEMENTWISE and not any(v in self.fusion.stored for v in op.outs):
+            return max(self.fusion.last[v] for v in op.outs)
+        return max([reader, *(self.fusion.made.get(v, -1) for v in op.outs)])
+
+    # Loops.
+
+    def _loop(self, index: int, op: tg.Op) -> None:
+        low, high = self.span[index]
+        body = self.run.bodies[index][-1]
+        loop = loop_layout(op)
+        for place, value in enumerate(op.outs):
+            last = self.fusion.last[value]
+            end = max(high, self._when(last, late=True)) if last >= 0 else high
+            if value in self.fusion.outputs and not self.run.loop:
+                continue
+            init = None
+            if place < loop.carried:
+                source = op.ins[loop.consts + place]
+                if body.graph.outputs[place] == body.graph.inputs[place - loop.scanned - loop.carried]:
+                    continue
+                base = self.fusion.base[source] if source >= 0 else FREE
+                init = self.buffer.get(source)
+                if init is not None and (self.fusion.last[source] != index or base == FREE):
+                    init = None
+            self._loop_buffer(value, init, low, end)
+
+    def _loop_buffer(self, value: int, init: Buffer | None, low: int, end: int) -> None:
+        self.run.across_loops.add(value)
+        if init is not None:
+            init.end, init.first_end = max(init.end, end), min(init.first_end, low)
+            self.buffer[value] = init
+            return
+        self._add(Buffer(self._bytes(value), low, end, low, (self.run, value)), value)
+
+    def _hoist_casts(self, loops: list[int]) -> None:
+        """XLA:TPU casts a whole stack before the loop where the body reads its slices as bfloat16 only."""
+        if not self.fusion.rules.narrows_matmul_operands:
+            return
+        spans: dict[int, tuple[int, int]] = {}
+        for index in loops:
+            op = self.graph.ops[index]
+            if op.name != "scan":
+                continue
+            for value in set(op.ins):
+                if value >= 0 and self.graph.maker[value] < 0 and self._is_cast_inside(index, value):
+                    low, high = spans.get(value, self.span[index])
+                    spans[value] = min(low, self.span[index][0]), max(high, self.span[index][1])
+        for value, (low, high) in spans.items():
+            self.out.append(Buffer(self.graph.bytes[value] // 2, low, high, high, (self.run, value)))
+
+    def _is_cast_inside(self, index: int, value: int) -> bool:
+        if str(getattr(self.graph.avals[value], "dtype", "")) != "float32":
+            return False
+        return self._narrows(index, value)
+
+
+def _narrowed_inside(body: Run, place: int) -> bool:
+    """Whether a loop's body reads one of its inputs (counted from the end) only as the operand of a bfloat16 matmul."""
+    value = body.graph.inputs[place]
+    readers = body.graph.uses[value]
+    writer = _Writer(body, [], {}, 0)
+    return bool(readers) and value not in body.graph.outputs and all(writer._narrows(r, value) for r in readers)
