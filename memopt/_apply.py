@@ -172,7 +172,7 @@ class _Builder:
         return extra[item.id]
 
     def _repeat(self, body: _Body, op: g.Op, segment: int, value: int) -> Any:
-        """Run an operation again here, with all planned repeats that it needs, as one guarded batch; return a value's."""
+        """Run an operation again here, with all repeats that it needs, as one guarded batch; return a value's."""
         batch = self._batch(body, op, segment)
         guarded = self._guard(body, batch, segment)
         for one in batch:
@@ -198,7 +198,9 @@ class _Builder:
             order[one.id] = one
             for o in one.inputs:
                 maker = None if o is None else self.graph.values[o].op
-                if maker is not None and maker.id in planned and (maker.region != body.region.id or maker.bin < segment):
+                if maker is None or maker.id not in planned:
+                    continue
+                if maker.region != body.region.id or maker.bin < segment:
                     if self._clone(body, o, segment) is None:
                         stack.append(maker)
         return sorted(order.values(), key=lambda one: one.id)

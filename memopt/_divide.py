@@ -81,7 +81,7 @@ class _Part:
 
 
 def _varies(loop: Loop) -> bool:
-    """Say whether a loop handles values that differ between the devices of a `shard_map` (as far as their types say)."""
+    """Say whether a loop handles values that differ between the devices of a `shard_map`, as far as types say."""
     return any(getattr(v.aval, "vma", None) for v in (*loop.body.invars, *loop.body.outvars))
 
 

@@ -13,9 +13,9 @@ from memopt import _timeline_graph as tg
 
 #: Element-wise and data-movement operations that XLA computes inside the kernel of whoever reads them.
 CHEAP = frozenset(
-    "abs add add_any and broadcast_in_dim ceil clamp complex conj convert_element_type copy div eq expand_dims floor ge "
-    "gt imag integer_pow iota is_finite le lt max min mul ne neg not or pad real reduce_precision reshape rev round "
-    "select_n shift_left shift_right_arithmetic shift_right_logical sign slice square sub transpose xor "
+    "abs add add_any and broadcast_in_dim ceil clamp complex conj convert_element_type copy div eq expand_dims floor "
+    "ge gt imag integer_pow iota is_finite le lt max min mul ne neg not or pad real reduce_precision reshape rev "
+    "round select_n shift_left shift_right_arithmetic shift_right_logical sign slice square sub transpose xor "
     "dynamic_slice concatenate rem nextafter population_count clz full empty".split()
 )
 #: Element-wise operations that XLA does not repeat for each reader.

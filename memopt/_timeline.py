@@ -53,7 +53,7 @@ class Timeline:
     body: Any = None  # for an inner timeline, the open jaxpr whose equations `usage` counts
 
     def alive(self, index: int | None = None) -> list[Live]:
-        """Return what is alive at equation `index` (the peak by default), largest first, bodies entered at their peak."""
+        """Return what is alive at equation `index` (the peak by default), largest first, bodies at their own peak."""
         found = self._live(self.peak_index if index is None else index)
         return sorted(found, key=lambda item: -item.bytes)
 
@@ -105,7 +105,7 @@ def _inner_timeline(run: _Run) -> Timeline:
 def _alias_bytes(jaxpr: Any, flags: Sequence[bool], platform: str) -> int:
     """Match donated arguments to outputs of the same shape and dtype, as JAX does."""
     free: dict[tuple, int] = {}
-    for var, flag in zip(jaxpr.invars, flags):
+    for var, flag in zip(jaxpr.invars, flags, strict=False):
         if flag:
             key = (tuple(var.aval.shape), str(var.aval.dtype))
             free[key] = free.get(key, 0) + 1
@@ -132,7 +132,7 @@ class _Run:
         self.last = _last_uses(graph, self.kept)
         self.live = self._sweep()
         self.usage = np.zeros(self.count, np.int64)
-        for op, size in zip(graph.ops, self.live):
+        for op, size in zip(graph.ops, self.live, strict=True):
             self.usage[op.top] = max(self.usage[op.top], size)
 
     def _body_peak(self, op: tg.Op, platform: str, cache: dict) -> int:

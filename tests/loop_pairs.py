@@ -189,7 +189,8 @@ def assert_same(old, new, args, tolerance=1e-12):
         if jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
         chex.assert_equal_shape([a, b])
-        assert np.linalg.norm(np.asarray(a - b, np.float64)) <= tolerance * max(1.0, np.linalg.norm(np.asarray(a, np.float64)))
+        error, norm = (np.linalg.norm(np.asarray(x, np.float64)) for x in (a - b, a))
+        assert error <= tolerance * max(1.0, norm)
 
 
 def scans(jaxpr):

@@ -23,7 +23,8 @@ def test_a_corner_is_kept(name):
 @pytest.mark.parametrize("name", [n for n, c in corners.corners().items() if c.gradient])
 def test_a_corner_is_kept_by_transformations(name):
     corner = corners.corners()[name]
-    wrong = rewrite_checks.check(corner.fn, corner.args, identity, compiled=False, gradient=True, batched=corner.batched)
+    wrong = rewrite_checks.check(
+        corner.fn, corner.args, identity, compiled=False, gradient=True, batched=corner.batched)
     assert wrong == []
 
 

@@ -50,9 +50,12 @@ def as_it_is():
     return planned(traced())
 
 
-def planned(closed=None, passes=(Remat(),), **keywords):
+REMAT = (Remat(),)
+
+
+def planned(closed=None, passes=REMAT, **keywords):
     """The ladder of a step."""
-    if closed is None and passes == (Remat(),) and not keywords:
+    if closed is None and passes == REMAT and not keywords:
         return as_it_is()
     closed = traced() if closed is None else closed
     return make_ladder(closed, donated=[False] * len(closed.in_avals), target=TARGET, passes=passes, **keywords)
@@ -139,7 +142,7 @@ def test_a_value_is_run_again_on_demand():
 
 
 def test_an_override_of_nothing_names_what_is_near():
-    with pytest.raises(ValueError, match=r"'layer_2/tanhh.0' names no value of this step; the nearest are.*layer_2/tanh"):
+    with pytest.raises(ValueError, match=r"'layer_2/tanhh.0' names no value of this step; the nearest.*layer_2/tanh"):
         planned(overrides={"layer_2/tanhh.0": "keep"})
 
 
@@ -238,8 +241,8 @@ def in_a_process(body: str, seed: str, text: str = "") -> str:
     """Run code with this module as `t` in a new process with a hash seed of its own, and return what it prints."""
     root = pathlib.Path(__file__).resolve().parent.parent
     code = CHILD.format(tests=str(root / "tests"), root=str(root), body=body)
-    done = subprocess.run([sys.executable, "-c", code], env=dict(os.environ, PYTHONHASHSEED=seed), input=text, text=True,
-                          capture_output=True, timeout=300, check=False)
+    done = subprocess.run([sys.executable, "-c", code], env=dict(os.environ, PYTHONHASHSEED=seed), input=text,
+                          text=True, capture_output=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
