@@ -57,7 +57,7 @@ def close(jaxpr: Any, consts: Sequence[Any] = ()) -> Any:
 
 
 def rebuild(jaxpr: Any, *, constvars=None, invars=None, outvars=None, eqns=None) -> Any:
-    """Return an open jaxpr with new parts, its effects computed again and its debug names dropped where they no longer fit."""
+    """Return an open jaxpr with new parts, its effects computed again and debug names dropped where they do not fit."""
     base = open_jaxpr(jaxpr)
     eqns = list(base.eqns if eqns is None else eqns)
     invars = list(base.invars if invars is None else invars)

@@ -35,7 +35,8 @@ def inline(closed: Any, *, respect_checkpoint: bool = False) -> Any:
 
 
 def _plain_jit(params: dict[str, Any]) -> bool:
-    unspecified = all(type(s).__name__ == "UnspecifiedValue" for s in (*params["in_shardings"], *params["out_shardings"]))
+    shardings = (*params["in_shardings"], *params["out_shardings"])
+    unspecified = all(type(s).__name__ == "UnspecifiedValue" for s in shardings)
     layouts = any(x is not None for x in (*params["in_layouts"], *params["out_layouts"]))
     return unspecified and not layouts and not any(params["donated_invars"]) and not params["compiler_options_kvs"]
 

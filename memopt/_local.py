@@ -278,7 +278,8 @@ class Spread:
                 axes = spec[dim]
         if not axes:
             return False
-        takers = factor.places if factor.receives is None or phase == _local_rules.LAST else factor.places[: factor.receives]
+        every = factor.receives is None or phase == _local_rules.LAST
+        takers = factor.places if every else factor.places[: factor.receives]
         for var, dim in takers:
             if var not in self.fixed and self._can_take(var, dim, axes):
                 spec = specs.get(var) or _open(var)

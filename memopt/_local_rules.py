@@ -40,7 +40,7 @@ def factors_of(eqn: Any) -> list[Factor] | None:
 
 
 def ties(eqn: Any) -> list[tuple[Any, list[Factor]]] | None:
-    """Return each body of an equation with the factors that tie its variables to the equation's; None without bodies."""
+    """Return each body of an equation with the factors that tie its variables to the equation's, or None."""
     name = eqn.primitive.name
     if name == "scan":
         return [_scan_ties(eqn)]
@@ -218,16 +218,16 @@ def _reduce(eqn: Any) -> Iterator[Factor]:
 def _dot(eqn: Any) -> Iterator[Factor]:
     (contract_l, contract_r), (batch_l, batch_r) = eqn.params["dimension_numbers"]
     lhs, rhs, out = eqn.invars[0], eqn.invars[1], eqn.outvars[0]
-    for dim, (l, r) in enumerate(zip(batch_l, batch_r, strict=True)):
-        yield _factor((lhs, l), (rhs, r), (out, dim))
+    for dim, (left, right) in enumerate(zip(batch_l, batch_r, strict=True)):
+        yield _factor((lhs, left), (rhs, right), (out, dim))
     dim = len(batch_l)
     for side, used in ((lhs, {*contract_l, *batch_l}), (rhs, {*contract_r, *batch_r})):
         for source in range(len(_shape(side))):
             if source not in used:
                 yield _factor((side, source), (out, dim))
                 dim += 1
-    for l, r in zip(contract_l, contract_r, strict=True):
-        yield _factor((lhs, l), (rhs, r))
+    for left, right in zip(contract_l, contract_r, strict=True):
+        yield _factor((lhs, left), (rhs, right))
 
 
 def _conv(eqn: Any) -> Iterator[Factor]:
@@ -239,8 +239,8 @@ def _conv(eqn: Any) -> Iterator[Factor]:
     if not grouped:
         yield _factor((rhs, numbers.rhs_spec[0]), (out, numbers.out_spec[1]))
         yield _factor((lhs, numbers.lhs_spec[1]), (rhs, numbers.rhs_spec[1]))
-    for l, o in zip(numbers.lhs_spec[2:], numbers.out_spec[2:], strict=True):
-        yield _factor((lhs, l), (out, o))
+    for source, dim in zip(numbers.lhs_spec[2:], numbers.out_spec[2:], strict=True):
+        yield _factor((lhs, source), (out, dim))
 
 
 def _gather(eqn: Any) -> Iterator[Factor]:
@@ -301,7 +301,9 @@ _RULES: dict[str, Callable[[Any], Iterator[Factor]]] = {
     "dynamic_update_slice": _whole,
     **dict.fromkeys(("sharding_constraint", "reshard", "mesh_cast", "optimization_barrier"), _pairs),
     **dict.fromkeys(("slice", "pad", "concatenate", "rev", "split"), _every),
-    **dict.fromkeys("scatter scatter-add scatter_add scatter-mul scatter-min scatter-max scatter-sub".split(), _scatter),
+    **dict.fromkeys(
+        "scatter scatter-add scatter_add scatter-mul scatter-min scatter-max scatter-sub".split(), _scatter
+    ),
     **dict.fromkeys("cumsum cumprod cummax cummin cumlogsumexp".split(), _but("axis")),
     "sort": _but("dimension"),
     "top_k": _but("axis", "dimension"),

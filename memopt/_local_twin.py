@@ -117,7 +117,7 @@ class Twins:
         return self._call(eqn, [*moves, main, *after], outvars, made)
 
     def _fits(self, var: Any, run: dict) -> bool:
-        """Say whether a result is kept as it comes out: cut alike, or larger, for then it is gathered by its readers."""
+        """Say whether a result is kept as it comes out: cut alike, or larger, for then its readers gather it."""
         if isinstance(var, c.DropVar) or self._spec(var) == run[var]:
             return True
         return aval_bytes(self.local.cut(var.aval, run[var])) <= aval_bytes(self.local.aval(var))

@@ -3,8 +3,8 @@
 In: a `Survey` (graph, seconds, bytes) and the operations that passes allow to be run again. Out: for a vector of prices
 (seconds per byte and time segment), the cheapest set of repeats, exactly, by one maximum flow.
 
-The network has a node for each value that is needed in a later segment or in a paired loop's body, per place where it is
-needed, and a node for each operation that could be run again there. Cut arcs are what is paid: the arc from an
+The network has a node for each value that is needed in a later segment or in a paired loop's body, per place where it
+is needed, and a node for each operation that could be run again there. Cut arcs are what is paid: the arc from an
 operation to a value is the price of keeping that value until this place, the arc from the source to an operation is the
 price of running it again (its seconds, and its outputs' bytes while they live there). An operation that runs needs its
 inputs at the same place. A value needed in several places is kept up to one of them and repeated after it.
@@ -147,7 +147,7 @@ class Network:
         self.arcs.append((tail, head, seconds, held, first, last, op))
 
     def _price_repeats(self) -> None:
-        """Price each operation's repeats: one run, shared by places near each other, and bytes from first to last use."""
+        """Price each operation's repeats: one run, shared by places near each other, bytes from first use to last."""
         places: dict[int, list[int]] = {}
         for op, place in self.op_nodes:
             places.setdefault(op, []).append(place)

@@ -115,7 +115,7 @@ class Search:
         return self.score(self.network.solve(price * weights), price)
 
     def vary(self, usage: np.ndarray) -> None:
-        """Look between hull points: operations that cost alike are told apart by varied costs, where the gap is largest.
+        """Look between hull points: varied costs tell apart operations that cost alike, where the gap is largest.
 
         At one price all of them are kept or all repeated; with costs that differ a little, some are and some are not.
         """

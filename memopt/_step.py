@@ -1,7 +1,8 @@
 """The drawing table: a step as the planner sees it, surveyed, with what the passes proposed for it.
 
 In: the closed jaxpr of a step, the target, the passes, overrides, the shardings of its arguments, and how its loops are
-divided first, if they are. Out: a `Step`, from which searches start and to which their plans belong. It chooses nothing.
+divided first, if they are. Out: a `Step`, from which searches start and to which their plans belong. It chooses
+nothing.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class Survey:
         return passes * self.kept_bytes(value, place) / self.spec.memory_bytes_per_second
 
     def read_later(self, repeats: Mapping[int, frozenset[int]]) -> Iterator[tuple[int, int]]:
-        """Yield `(value, place)` for all that is read in a later segment or loop, by the step's operations or repeats."""
+        """Yield `(value, place)` for all that is read in a later segment or loop, by operations or repeats."""
         yield from self.needs()
         seen = set(self.needs())
         for place, ops in repeats.items():

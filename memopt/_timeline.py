@@ -124,7 +124,7 @@ def _inner_timeline(run: Run, platform: str) -> Timeline:
 def _aliases(jaxpr: Any, flags: Sequence[bool], platform: str) -> tuple[int, tuple[bool, ...]]:
     """Match donated arguments to outputs of the same shape and dtype, as JAX does: the bytes, and which outputs."""
     free: dict[tuple, int] = {}
-    for var, flag in zip(jaxpr.invars, flags):
+    for var, flag in zip(jaxpr.invars, flags, strict=False):
         if flag:
             key = (tuple(var.aval.shape), str(var.aval.dtype))
             free[key] = free.get(key, 0) + 1

@@ -149,7 +149,7 @@ def _only_renames(eqn: Any) -> bool:
 def _alias(graph: Graph, eqn: Any, env: dict[Any, int], ins: list[int], name: str) -> bool:
     if len(ins) < len(eqn.outvars) or any(v < 0 for v in ins[: len(eqn.outvars)]):
         return False
-    for value, var in zip(ins, eqn.outvars):
+    for value, var in zip(ins, eqn.outvars, strict=False):
         env[var] = value
         if name == "optimization_barrier":
             graph.forced.add(value)
@@ -161,7 +161,7 @@ def _alias(graph: Graph, eqn: Any, env: dict[Any, int], ins: list[int], name: st
 def _inline(graph: Graph, eqn: Any, body: Any, env: dict, ins: list[int], top: int, path: str) -> None:
     inner: dict[Any, int] = {}
     formal = [*body.constvars, *body.invars]
-    for var, value in zip(formal[len(formal) - len(ins) :], ins):
+    for var, value in zip(formal[len(formal) - len(ins) :], ins, strict=True):
         inner[var] = value if value >= 0 else graph.new(var.aval, -2)
         if value >= 0:
             graph.bytes[value] = min(graph.bytes[value], buffer_bytes(var.aval, graph.platform))

@@ -1,7 +1,7 @@
 """JAX's odd corners, one small program each: in comes a name, out come a function, arguments and what must hold.
 
-A rewrite must keep every one of them: values, types, effects and how often they happen. ``effects`` counts on the host how
-often callbacks ran. Nothing here knows of planners or of memopt.
+A rewrite must keep every one of them: values, types, effects and how often they happen. ``effects`` counts on the host
+how often callbacks ran. Nothing here knows of planners or of memopt.
 """
 
 import collections
@@ -27,7 +27,7 @@ POLICIES = jax.checkpoint_policies
 
 @dataclass(frozen=True)
 class Corner:
-    """A program and what is expected: ``calls`` counts host calls a run, ``gradient`` and ``batched`` what it allows."""
+    """A program and what is expected: ``calls`` counts host calls a run, ``gradient``, ``batched`` what it allows."""
 
     fn: Callable[..., Any]
     args: tuple[Any, ...]
@@ -246,7 +246,8 @@ def scan_tree(w, x):
         h, d = c
         return (layer(w, h) * d["s"], {"s": d["s"] * 0.9, "n": d["n"] + i}), (i, h[0])
     start = x, {"s": jnp.float32(1), "n": jnp.int32(0)}
-    return jax.grad(lambda x: jnp.sum(lax.scan(body, (x, start[1]), jnp.arange(3))[0][0]))(x), lax.scan(body, start, jnp.arange(3))
+    gradient = jax.grad(lambda x: jnp.sum(lax.scan(body, (x, start[1]), jnp.arange(3))[0][0]))(x)
+    return gradient, lax.scan(body, start, jnp.arange(3))
 
 
 def scan_gradient(w, x):
@@ -315,15 +316,17 @@ def barrier(w, x):
 def _with_policies() -> dict[str, Corner]:
     policies = {"none": None, "dots": POLICIES.dots_saveable, "nothing": POLICIES.nothing_saveable,
                 "names": POLICIES.save_only_these_names("hidden"), "all": POLICIES.everything_saveable}
-    return {f"remat_in_scan_{n}": Corner(functools.partial(remat_in_scan, p), (W, X), gradient=n == "dots") for n, p in policies.items()}
+    return {f"remat_in_scan_{n}": Corner(functools.partial(remat_in_scan, p), (W, X), gradient=n == "dots")
+            for n, p in policies.items()}
 
 
 def corners() -> dict[str, Corner]:
     """Return every corner by name."""
     plain = (debug_print, debug_in_loss, debug_in_scan, io_ordered, io_unordered)
     calls = {"debug_print": 1, "debug_in_loss": 1, "debug_in_scan": 4, "io_ordered": 2, "io_unordered": 1}
-    usual = (linalg, nested_loops, vmap_scan, pure, mutable, literals, zero_size, bf16_mix, complex_numbers, fft, nondiff, custom_vjp_plain, vjp_twice,
-             linearised, pullback_returned, while_large, jit_donating, sharded_sum, pallas)
+    usual = (linalg, nested_loops, vmap_scan, pure, mutable, literals, zero_size, bf16_mix, complex_numbers, fft,
+             nondiff, custom_vjp_plain, vjp_twice, linearised, pullback_returned, while_large, jit_donating,
+             sharded_sum, pallas)
     smooth = (zero_tangents, sort_gradient, scan_no_xs, scan_tree, scan_gradient, switch_in_scan,
               names, barrier)
     return {

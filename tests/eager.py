@@ -1,8 +1,9 @@
-"""Evaluate a jaxpr one primitive at a time: in come a closed jaxpr and leaves, out go its results, with nothing compiled twice.
+"""Evaluate a jaxpr one primitive at a time: in come a closed jaxpr and leaves, out go its results.
 
-XLA spends a second on a small training step; here loops, branches and calls run in Python, so all that is compiled is single
-primitives at few shapes, kept from program to program. It is the meaning of the jaxpr with nothing reordered: recomputation
-is bitwise the same. Effects run as often as the program says. Nothing here knows of planners or of memopt.
+XLA spends a second on a small training step; here loops, branches and calls run in Python, so all that is compiled is
+single primitives at few shapes, kept from program to program. It is the meaning of the jaxpr with nothing reordered:
+recomputation is bitwise the same. Effects run as often as the program says. Nothing here knows of planners or of
+memopt.
 """
 
 from collections.abc import Callable, Sequence
@@ -192,9 +193,9 @@ def _argmax(params: dict[str, Any], x: np.ndarray) -> np.ndarray:
 
 
 RULES: dict[str, Callable[[Any, Sequence[Any]], Sequence[Any]]] = {
-    "scan": _scan, "while": _while, "cond": _cond, "jit": _call, "pjit": _call, "closed_call": _call, "core_call": _call,
-    "checkpoint": _call, "remat2": _call, "remat": _call, "custom_jvp_call": _call, "custom_vjp_call": _call,
-    "custom_vjp_call_jaxpr": _call,
+    "scan": _scan, "while": _while, "cond": _cond, "jit": _call, "pjit": _call, "closed_call": _call,
+    "core_call": _call, "checkpoint": _call, "remat2": _call, "remat": _call, "custom_jvp_call": _call,
+    "custom_vjp_call": _call, "custom_vjp_call_jaxpr": _call,
     **{name: _numpy(lambda _, *xs, f=f: f(*xs)) for name, f in {
         "add": np.add, "add_any": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative, "sin": np.sin,
         "cos": np.cos, "exp": np.exp, "tanh": np.tanh, "sqrt": np.sqrt, "square": np.square, "gt": np.greater,

@@ -1,7 +1,8 @@
 """Rewrites for the tests: in comes a closed jaxpr, out comes a rewritten one; what is repeated is drawn, not planned.
 
-``force`` draws operations to run again for every time segment and builds that, whatever it costs: small programs leave the
-planner little to do, and this asks of the builders everything that any planner could. ``rungs`` takes the planner's own plans.
+``force`` draws operations to run again for every time segment and builds that, whatever it costs: small programs leave
+the planner little to do, and this asks of the builders everything that any planner could. ``rungs`` takes the planner's
+own plans.
 """
 
 import functools
@@ -28,7 +29,7 @@ def survey_of(closed: Any, *, respect_checkpoint: bool = False) -> Survey:
 
 
 def repeatable(survey: Survey) -> dict[int, list[int]]:
-    """Return segment -> operations that may be run again there: earlier ones of its region, and of its source regions."""
+    """Return segment -> operations that may be run again there: earlier ones of its region and its source regions."""
     allowed = {p.op for p in Remat().propose(survey) if hasattr(p, "op")}
     found: dict[int, list[int]] = {}
     for place, region in enumerate(survey.region_of_bin):
@@ -54,8 +55,9 @@ def forced(share: float, seed: int = 0) -> Callable[[Any], Any]:
 
 def ladder(closed: Any) -> list[Any]:
     """Return the planner's rewritten steps, largest peak first, the plain step left out."""
-    rungs = make_ladder(closed, donated=(False,) * len(closed.in_avals), target=Target.parse(TARGET), passes=[Remat()]).rungs
-    return [r.closed for r in rungs]
+    donated = (False,) * len(closed.in_avals)
+    ladder = make_ladder(closed, donated=donated, target=Target.parse(TARGET), passes=[Remat()])
+    return [r.closed for r in ladder.rungs]
 
 
 def smallest(closed: Any) -> Any:

@@ -1,13 +1,14 @@
 """An exact oracle for small graphs: in come operations, bytes and a budget; out comes the cheapest schedule's cost.
 
 It is Checkmate's formulation (Jain et al., MLSys 2020, section 4) as a mixed integer program over all time steps with
-recomputation allowed, solved by HiGHS through SciPy. The same accounting measures any jaxpr (``measure_jaxpr``), so that a
-planner can be held against it. Nothing here knows how a planner works.
+recomputation allowed, solved by HiGHS through SciPy. The same accounting measures any jaxpr (``measure_jaxpr``), so
+that a planner can be held against it. Nothing here knows how a planner works.
 
 The accounting, exactly. Stage ``t`` ends with the first computation of operation ``t``; within a stage any earlier
-operation may be repeated, in order. A value is live from the moment its operation runs until after its last reader in that
-stage, or to the end of the stage if the next stage needs it stored. While an operation runs, all its inputs and its output
-are live together. Final outputs must be held at the end. Free values (arguments) cost no bytes and are there always.
+operation may be repeated, in order. A value is live from the moment its operation runs until after its last reader in
+that stage, or to the end of the stage if the next stage needs it stored. While an operation runs, all its inputs and
+its output are live together. Final outputs must be held at the end. Free values (arguments) cost no bytes and are there
+always.
 """
 
 import heapq
@@ -65,7 +66,7 @@ def plain_peak_bytes(graph: Graph) -> int:
 
 
 def peak_bytes(graph: Graph, runs: Sequence[int]) -> int:
-    """Return the peak of a schedule (operation numbers, repeats allowed) when each copy is dropped after its last reader.
+    """Return the peak of a schedule (operations, repeats allowed) when each copy is dropped after its last reader.
 
     Raises:
       ValueError: if an operation runs before its inputs exist or a result is never made.
@@ -103,8 +104,8 @@ def cost_seconds(graph: Graph, runs: Sequence[int]) -> float:
 def brute_force(graph: Graph, budget_bytes: int) -> float | None:
     """Return the cheapest cost within the budget over all schedules, by shortest path over sets of held values.
 
-    A state is which operations are held and how far the first runs have come; exponential, for up to about ten operations.
-    Operations first run in the order given, as in the mixed integer program.
+    A state is which operations are held and how far the first runs have come; exponential, for up to about ten
+    operations. Operations first run in the order given, as in the mixed integer program.
     """
     n, seen, queue = len(graph.ops), set(), [(0.0, 0, 0)]
     while queue:
@@ -139,11 +140,13 @@ def solve(graph: Graph, budget_bytes: int, *, time_limit_seconds: float = 60.0) 
       budget_bytes: most bytes live at once, results included, arguments not.
       time_limit_seconds: when to give up; the answer then holds a bound.
 
-    Source: Jain et al., "Checkmate: Breaking the Memory Wall with Optimal Tensor Rematerialization", MLSys 2020, eq. 1-8.
+    Source: Jain et al., "Checkmate: Breaking the Memory Wall with Optimal Tensor Rematerialization", MLSys 2020,
+    eq. 1-8.
     """
     program = _Program(graph, budget_bytes)
     result = optimize.milp(program.costs, constraints=program.constraints(), integrality=program.integrality,
-                           bounds=optimize.Bounds(program.low, program.high), options={"time_limit": time_limit_seconds})
+                           bounds=optimize.Bounds(program.low, program.high),
+                           options={"time_limit": time_limit_seconds})
     if result.status == 2:
         return Answer(False, None, np.inf, True)
     bound = max(graph.seconds, float(result.mip_dual_bound)) if result.mip_dual_bound is not None else graph.seconds
@@ -156,9 +159,9 @@ def solve(graph: Graph, budget_bytes: int, *, time_limit_seconds: float = 60.0) 
 class _Program:
     """The variables and constraints.
 
-    R[t, i]: operation i runs in stage t. S[t, i]: its value is held when stage t begins. F[t, i, k]: the value of i is freed
-    in stage t just after k ran (k reads i, or is i). U[t, k]: bytes while k runs in stage t, as an expression of the others.
-    Frontier-advancing: R[t, t] = 1, and neither R nor S exist for i > t (S not for i = t).
+    R[t, i]: operation i runs in stage t. S[t, i]: its value is held when stage t begins. F[t, i, k]: the value of i is
+    freed in stage t just after k ran (k reads i, or is i). U[t, k]: bytes while k runs in stage t, as an expression of
+    the others. Frontier-advancing: R[t, t] = 1, and neither R nor S exist for i > t (S not for i = t).
     """
 
     def __init__(self, graph: Graph, budget_bytes: int):
@@ -213,7 +216,10 @@ class _Program:
             self._row([(("R", t - 1, i), 1.0), (("S", t - 1, i), 1.0), (("S", t, i), -1.0)], 0.0, np.inf)
 
     def _freeing(self, t: int, i: int, k: int) -> None:
-        """F may be 1 when k runs, nothing later in this stage reads i, and the next stage does not hold i; freeing only helps."""
+        """F may be 1 when k runs, nothing later in this stage reads i, and the next stage does not hold i.
+
+        It need not be: freeing only helps.
+        """
         later = [j for j in self.readers[i] if k < j <= t]
         hold = self._kept(t, i)
         if hold is None:
@@ -225,7 +231,7 @@ class _Program:
             self._row([(("F", t, i, k), 1.0), (key, 1.0)], -np.inf, 1.0)
 
     def _kept(self, t: int, i: int) -> tuple | None:
-        """The variable that keeps i past stage t; an empty key if nothing can, None if it is a result in the last stage."""
+        """The variable that keeps i past stage t; an empty key if none can, None for a result in the last stage."""
         if t + 1 < self.n:
             return ("S", t + 1, i)
         return None if i in self.graph.outputs else ()

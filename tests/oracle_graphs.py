@@ -54,7 +54,8 @@ def random_graph(seed: int, n_ops: int, unit: int = UNIT) -> oracle.Graph:
     """
     rng = np.random.default_rng(seed)
     forward = n_ops // 2
-    sources = [sorted({i - 1, int(rng.integers(0, i)) if rng.random() < 0.3 else i - 1}) if i else [] for i in range(forward)]
+    sources = [sorted({i - 1, int(rng.integers(0, i)) if rng.random() < 0.3 else i - 1}) if i else []
+               for i in range(forward)]
     for k in range(n_ops - forward):
         read = {forward + k - 1} if forward + k else set()
         mirror = forward - 1 - k
@@ -95,7 +96,7 @@ def to_jaxpr(graph: oracle.Graph, unit: int = UNIT) -> jex.ClosedJaxpr:
 
 
 def free_arguments(graph: oracle.Graph, unit: int = UNIT) -> list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
-    """Return the shapes of the free matrices: ``[unit, depth]`` and ``[depth, columns]`` for each operation, float32."""
+    """Return the shapes of the free matrices: ``[unit, depth]``, ``[depth, columns]`` for each operation, float32."""
     free = []
     for op in graph.ops:
         columns = op.size_bytes // (4 * unit)
@@ -141,7 +142,7 @@ def dot_flops(jaxpr: Any) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("scan", "while", "cond"):
-            raise ValueError(f"{eqn.primitive.name}: these graphs have no loops or branches; the planner must not add any")
+            raise ValueError(f"{eqn.primitive.name}: these graphs have no loops; the planner must not add any")
         if eqn.primitive.name == "dot_general":
             ((contracted, _), _) = eqn.params["dimension_numbers"]
             total += 2.0 * eqn.outvars[0].aval.size * np.prod([eqn.invars[0].aval.shape[d] for d in contracted])
@@ -150,8 +151,9 @@ def dot_flops(jaxpr: Any) -> float:
 
 
 def compare(plan: Plan, seed: int, n_ops: int, share: float, *, time_limit_seconds: float = 20.0) -> Comparison:
-    """Run the planner and the oracle on one random graph at ``share`` of the way from the largest operation to the plain peak.
+    """Run the planner and the oracle on one random graph, at a share of what lies between its two extremes.
 
+    ``share`` 0 is the largest operation alone, 1 the plain peak.
     A planner that raises ``ValueError`` or ``RuntimeError`` (so also ``BudgetError``) found no plan.
     """
     graph = random_graph(seed, n_ops)

@@ -1,8 +1,8 @@
 """Layers for the random programs: in come parameters, activations and a context; out go activations of the same shape.
 
-Every layer is ``layer(params, h, context) -> h`` with ``h`` float32 ``[rows, width]``, is finite and smooth (or at least
-continuous) in ``h``, and obeys strict dtype and rank promotion, so that a rewritten program may round otherwise and still
-agree. Each exercises a family of JAX primitives. Nothing here knows of planners or of memopt.
+Every layer is ``layer(params, h, context) -> h`` with ``h`` float32 ``[rows, width]``, is finite and smooth (or at
+least continuous) in ``h``, and obeys strict dtype and rank promotion, so that a rewritten program may round otherwise
+and still agree. Each exercises a family of JAX primitives. Nothing here knows of planners or of memopt.
 """
 
 import functools
@@ -288,7 +288,7 @@ def softplus(p, h, c):
 
 
 LAYERS = {f.__name__: f for f in (
-    dense, mlp, swiglu, attention, heads, layernorm, bf16, waves, leaky, gather, scatter, slices, shuffle, sums, extremes,
-    top, conv, pool, dropout, noise, recurrent, gated, whiles, branch, choose, custom_vjp, custom_jvp, rows, shared,
-    frozen, empty, weak, constants, integers, named, chain, barrier, softplus)}
+    dense, mlp, swiglu, attention, heads, layernorm, bf16, waves, leaky, gather, scatter, slices, shuffle, sums,
+    extremes, top, conv, pool, dropout, noise, recurrent, gated, whiles, branch, choose, custom_vjp, custom_jvp, rows,
+    shared, frozen, empty, weak, constants, integers, named, chain, barrier, softplus)}
 """Every layer by name."""

@@ -1,7 +1,7 @@
-"""Random models: in come drawn layers; out come wrapped layers, stacks of them, and the loss that the steps differentiate.
+"""Random models: in come drawn layers; out come wrapped layers, stacks of them, and the loss of the steps.
 
-Wrappers put a layer under checkpoint, jit, cond, scan, vmap or custom_vjp; stacks are unrolled, scanned or nested. Nothing
-here draws anything, and nothing knows of planners or of memopt.
+Wrappers put a layer under checkpoint, jit, cond, scan, vmap or custom_vjp; stacks are unrolled, scanned or nested.
+Nothing here draws anything, and nothing knows of planners or of memopt.
 """
 
 import functools
@@ -195,7 +195,8 @@ def run_stack(model: Model, params, h, c):
 def outputs(model: Model, params, batch, key):
     """Return the logits ``[rows, classes]``."""
     h = batch["x"] @ params["in"] if model.inputs == "dense" else params["embed"][batch["tokens"]] + 0.1 * batch["x"]
-    c = {"key": key, "ids": batch["tokens"], "mask": batch["mask"], "step": batch["step"], "scale": jnp.sum(params["in"][0])}
+    c = {"key": key, "ids": batch["tokens"], "mask": batch["mask"], "step": batch["step"],
+         "scale": jnp.sum(params["in"][0])}
     return run_stack(model, params["layers"], h, c) @ params["head"]
 
 

@@ -1,8 +1,8 @@
 """Random training steps: in comes a seed, out comes a function, its arguments and what it holds, always the same ones.
 
 A program draws layers (``random_layers``), wraps them (checkpoint, jit, cond, scan, vmap, custom_vjp, ...), stacks them
-(unrolled, scanned, nested) and puts one of a dozen steps on top (SGD, momentum, Adam, accumulation, GAN, gradient penalty,
-MAML, ...). ``check_program`` holds a rewrite against it. Nothing here knows how a planner works.
+(unrolled, scanned, nested) and puts one of a dozen steps on top (SGD, momentum, Adam, accumulation, GAN, gradient
+penalty, MAML, ...). ``check_program`` holds a rewrite against it. Nothing here knows how a planner works.
 """
 
 import functools
@@ -23,7 +23,7 @@ FORWARD_ONLY = frozenset({"whiles"})
 
 @dataclass(frozen=True)
 class Program:
-    """One random step: ``fn(*args)``; ``features`` names what it holds; ``donate_argnums`` may be given up by the caller."""
+    """One random step: ``fn(*args)``; ``features`` names what it holds; ``donate_argnums`` may be given up."""
 
     seed: int
     fn: Callable[..., Any]
@@ -61,7 +61,8 @@ def make_params(rng: np.random.Generator, model: Model):
     lead = {"unrolled": (), "nested": (model.length, 2)}.get(model.stack, (model.length,))
     layers = [_layer_params(rng, model.width, lead) for _ in range(model.length if model.stack == "unrolled" else 1)]
     return {"in": _normal(rng, model.width, model.width), "embed": _normal(rng, 7, model.width),
-            "head": _normal(rng, model.width, model.classes), "layers": layers if model.stack == "unrolled" else layers[0]}
+            "head": _normal(rng, model.width, model.classes),
+            "layers": layers if model.stack == "unrolled" else layers[0]}
 
 
 def _layer_params(rng: np.random.Generator, width: int, lead: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -94,7 +95,8 @@ def make_program(seed: int) -> Program:
     rate = 0.1 if rng.random() < 0.5 else np.float32(0.1)
     args = (STEPS[name].state(make_params(rng, model)), make_batch(rng, model), key, rate)
     fn = functools.partial(STEPS[name].step, model)
-    return Program(seed, fn, args, (0,) if STEPS[name].donates else (), features | {name}, f"seed {seed}: {name} {sorted(features)}")
+    donated = (0,) if STEPS[name].donates else ()
+    return Program(seed, fn, args, donated, features | {name}, f"seed {seed}: {name} {sorted(features)}")
 
 
 def check_program(seed: int, rewrite: rewrite_checks.Rewrite, **options: Any) -> list[str]:

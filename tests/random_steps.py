@@ -1,7 +1,7 @@
 """The steps of the random programs: in come a model, a state, a batch, a key and a rate; out go a new state and values.
 
-Every step is ``step(model, state, batch, key, rate)``. Most differentiate the loss; each stands for one way in which people
-write training code. Nothing here knows of planners or of memopt.
+Every step is ``step(model, state, batch, key, rate)``. Most differentiate the loss; each stands for one way in which
+people write training code. Nothing here knows of planners or of memopt.
 """
 
 import functools
@@ -21,7 +21,7 @@ tree_map = jax.tree_util.tree_map
 
 @dataclass(frozen=True)
 class Step:
-    """A step function, how its state is made from parameters, how often it is drawn, and whether its state is donated."""
+    """A step function, how its state is made from parameters, how often it is drawn, whether its state is donated."""
 
     step: Callable[..., Any]
     state: Callable[[Any], Any]
@@ -196,7 +196,8 @@ STEPS = {
     "actor_critic": Step(actor_critic, _bare), "accumulate": Step(accumulate, _bare), "loop": Step(loop, _bare),
     "fori": Step(fori, _bare, 0.5), "penalty": Step(penalty, _bare, 0.5), "maml": Step(maml, _bare, 0.5),
     "hessian": Step(hessian, _bare, 0.5), "per_example": Step(per_example, _bare, 0.5), "lora": Step(lora, _bare),
-    "pullbacks": Step(pullbacks, _bare), "forward_mode": Step(forward_mode, _bare, 0.5, differentiates=False), "jitted": Step(jitted, _with_speed),
+    "pullbacks": Step(pullbacks, _bare), "forward_mode": Step(forward_mode, _bare, 0.5, differentiates=False),
+    "jitted": Step(jitted, _with_speed),
     "inference": Step(inference, _bare, 1.5, donates=False, differentiates=False),
 }
 

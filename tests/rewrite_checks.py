@@ -20,7 +20,8 @@ FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes"
 """Compiler options for programs that run once: code generation is most of their cost."""
 EXACT = {"xla_allow_excess_precision": False}
 """Compiler options of the optimised runs: a rounding to bf16 that the program asks for is done."""
-TOLERANCE = {"float64": 1e-12, "complex128": 1e-12, "float32": 1e-5, "complex64": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
+TOLERANCE = {"float64": 1e-12, "complex128": 1e-12, "float32": 1e-5, "complex64": 1e-5, "bfloat16": 1e-2,
+             "float16": 2e-3}
 """Largest difference of a leaf, as a fraction of its norm."""
 AMPLIFIED = 1e-4
 """The tolerance of gradients: these programs hold gradients already, and a second derivative amplifies rounding."""
@@ -28,8 +29,8 @@ FLOOR = 1e-2
 """Norms below this are taken as this: what cancels to nothing has no relative accuracy."""
 
 
-def check(fn: Callable[..., Any], args: tuple[Any, ...], rewrite: Rewrite, *, compiled: bool = True, optimised: bool = False,
-          gradient: bool = False, batched: bool = False, loose: bool = False) -> list[str]:
+def check(fn: Callable[..., Any], args: tuple[Any, ...], rewrite: Rewrite, *, compiled: bool = True,
+          optimised: bool = False, gradient: bool = False, batched: bool = False, loose: bool = False) -> list[str]:
     """Return what differs between ``fn`` and its rewritten program.
 
     Args:
@@ -68,7 +69,8 @@ def type_differences(closed: jex.ClosedJaxpr, new: jex.ClosedJaxpr) -> list[str]
     """Return the differences of argument and result types, weak types included, after checking the new jaxpr itself."""
     jex.check_jaxpr(new.jaxpr)
     wrong = []
-    for what, old_avals, new_avals in (("argument", closed.in_avals, new.in_avals), ("result", closed.out_avals, new.out_avals)):
+    sides = (("argument", closed.in_avals, new.in_avals), ("result", closed.out_avals, new.out_avals))
+    for what, old_avals, new_avals in sides:
         if len(old_avals) != len(new_avals):
             wrong.append(f"{what}s: {len(new_avals)} instead of {len(old_avals)}")
         for number, (a, b) in enumerate(zip(old_avals, new_avals, strict=False)):
@@ -116,7 +118,9 @@ def difference(expected: Any, got: Any, wide: float = 0.0) -> str:
     if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(a[~finite], b[~finite], equal_nan=True):
         return "its values that are not finite differ"
     error, norm = np.linalg.norm((a - b)[finite]), np.linalg.norm(a[finite])
-    return "" if error <= tolerance * max(norm, FLOOR) else f"error {error:.3g} at norm {norm:.3g}, tolerance {tolerance:.0e}"
+    if error <= tolerance * max(norm, FLOOR):
+        return ""
+    return f"error {error:.3g} at norm {norm:.3g}, tolerance {tolerance:.0e}"
 
 
 def _plain(x: Any) -> np.ndarray:
@@ -146,6 +150,7 @@ def _batched(closed: jex.ClosedJaxpr) -> Callable[..., Any]:
     axes = [0 if jnp.issubdtype(aval.dtype, jnp.floating) else None for aval in closed.in_avals]
 
     def batched(*xs):
-        pairs = [jnp.stack([jnp.asarray(x), 0.5 * jnp.asarray(x)]) if axis == 0 else x for x, axis in zip(xs, axes, strict=True)]
+        pairs = [jnp.stack([jnp.asarray(x), 0.5 * jnp.asarray(x)]) if axis == 0 else x
+                 for x, axis in zip(xs, axes, strict=True)]
         return jax.vmap(jex.jaxpr_as_fun(closed), in_axes=axes)(*pairs)
     return batched if 0 in axes else jex.jaxpr_as_fun(closed)
