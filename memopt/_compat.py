@@ -139,7 +139,7 @@ def user_source(eqn: JaxprEqn) -> str:
 
 
 def guardable(var: Any) -> bool:
-    """Say whether an `optimization_barrier` may take a variable: an array that something reads, no reference or token."""
+    """Say whether an `optimization_barrier` may take a variable: an array that is read, no reference or token."""
     return type(var.aval) is ShapedArray and not isinstance(var, (Literal, DropVar))
 
 

@@ -140,7 +140,7 @@ def compile_plain(program: Program) -> tuple[Any, Memory]:
 
 
 def plain_step(program: Program) -> Any:
-    """Return the compiled plain step; None where it is out of memory, or where nothing can be compiled for the target."""
+    """Return the compiled plain step; None where it is out of memory, or the target has no compiler here."""
     target = program.settings.target
     return None if target.platform == "gpu" and not target.attached else compile_plain(program)[0]
 

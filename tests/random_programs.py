@@ -114,9 +114,12 @@ def check_program(seed: int, rewrite: rewrite_checks.Rewrite, **options: Any) ->
 
 
 def depth(seed: int) -> dict[str, bool]:
-    """Return how thoroughly a seed is checked: all are evaluated; one in 100 is compiled, in 200 optimised, differentiated
-    and batched each."""
-    return {"compiled": seed % 100 == 0, "optimised": seed % 200 == 7, "gradient": seed % 200 == 17, "batched": seed % 200 == 27}
+    """Return how thoroughly a seed is checked, beside being evaluated.
+
+    One in 100 is compiled, one in 200 each is optimised, differentiated and batched.
+    """
+    rest = seed % 200
+    return {"compiled": seed % 100 == 0, "optimised": rest == 7, "gradient": rest == 17, "batched": rest == 27}
 
 
 def through_optimize(optimize: Callable[..., Any], seed: int, budget: str) -> rewrite_checks.Rewrite:

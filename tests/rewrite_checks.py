@@ -16,7 +16,11 @@ from tests import eager
 
 Rewrite = Callable[[jex.ClosedJaxpr], jex.ClosedJaxpr]
 
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True, "xla_allow_excess_precision": False}
+FAST = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_allow_excess_precision": False,
+}
 """Compiler options for programs that run once: code generation is most of their cost."""
 EXACT = {"xla_allow_excess_precision": False}
 """Compiler options of the optimised runs: a rounding to bf16 that the program asks for is done."""
@@ -59,7 +63,8 @@ def check(fn: Callable[..., Any], args: tuple[Any, ...], rewrite: Rewrite, *, co
     else:
         wrong += _compare_eager(closed, new, leaves)
     if gradient:
-        wrong += _compare_runs("gradient", _gradient(closed), _gradient(new), leaves, optimised, max(20 * wide, AMPLIFIED))
+        amplified = max(20 * wide, AMPLIFIED)
+        wrong += _compare_runs("gradient", _gradient(closed), _gradient(new), leaves, optimised, amplified)
     if batched:
         wrong += _compare_runs("vmap", _batched(closed), _batched(new), leaves, optimised, wide)
     return wrong

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from memopt import _graph, _inline
 from memopt import _compat as c
+from memopt import _graph, _inline
 
 X = np.linspace(-1.0, 1.0, 16, dtype=np.float32).reshape(4, 4)
 WS = np.stack([X * 0.5, X.T, -X])

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import pytest
 
 from memopt import _search
-from memopt._step import Step
 from memopt._refine import Holding
+from memopt._step import Step
 from memopt._target import Target
 from memopt.passes import Remat
 from tests import oracle_graphs

@@ -1,4 +1,4 @@
-"""Random training steps through the planner and through forced repeats: the generator's promises, and that wrong rewrites are caught.
+"""Random training steps through the planner and forced repeats: the generator's promises, wrong rewrites caught.
 
 ``MEMOPT_RANDOM_PROGRAMS`` says how many programs run (30 by default, 1,000 or more in CI).
 """
