@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from memopt import _planner
+from memopt import _search
 from memopt._refine import Holding
+from memopt._step import Step
 from memopt._target import Target
 from memopt.passes import Remat
 from tests import oracle_graphs
@@ -18,7 +19,7 @@ from tests import oracle_graphs
 SHARES = (0.15, 0.3, 0.45, 0.6, 0.75)
 
 
-class Judged(_planner._Search):
+class Judged(_search.Search):
     """The planner's search, scored by the oracle's accounting."""
 
     def score(self, choice, price=None):
@@ -31,18 +32,18 @@ class Judged(_planner._Search):
 
     @staticmethod
     def holding(survey):
-        """Every result counts all its bytes, and keeping takes no time."""
+        """Every result counts all its bytes, from its operation on."""
         sizes = [sum(v.aval.size * v.aval.dtype.itemsize for v in op.eqn.outvars) for op in survey.graph.ops]
         never = [False] * len(sizes)
-        return Holding(sizes, never, never, [0.0] * len(sizes))
+        return Holding(sizes, never, never)
 
 
-def ladder(closed) -> list[_planner.Rung]:
+def ladder(closed) -> list[_search.Rung]:
     """Return all plans of a step, judged by the oracle's accounting."""
-    step = _planner._Step(closed, Target.parse("tpu:v5e:1x1"), [Remat()], None)
-    plain = _planner._plain_rung(closed, (), step.target)
+    step = Step(closed, Target.parse("tpu:v5e:1x1"), [Remat()], None, None)
+    plain = _search.plain_rung(step, ())
     plain.predicted_peak_bytes, plain.seconds = oracle_graphs.measure_jaxpr(closed)
-    return Judged(step, (), plain).run()
+    return [plain, *_search.hull(plain, Judged(step, (), plain).run())]
 
 
 def plan(closed, budget_bytes: int):
