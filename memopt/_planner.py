@@ -6,7 +6,7 @@ its decisions, none both larger and slower than another. A budget then takes the
 peaks in place of predictions where they are known; so predictions are monotonic in the budget by construction.
 
 The rungs come from searches (`_search`) of the step as it stands and, where that may help, of the step with its loops
-divided (`_split`): into levels, where their carries are the memory, or into parts, so that layers may differ.
+divided into levels (`_split`), where their carries are the memory.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from memopt._step import Step
 
 #: A loop is divided into levels where the stack of its carries is at least this share of the smallest peak found.
 _CARRIES = 0.1
-#: Its iterations are planned in two parts where neighbouring plans are further apart than this share of the plain peak.
-_GAP = 0.15
 
 
 class Ladder:
@@ -123,19 +121,17 @@ def make_ladder(
 
 
 def _variants(step: Step, plain: Rung, rungs: Sequence[Rung]) -> list[_split.Variant]:
-    """List the divisions of loops that may give plans which the step as it stands has not."""
+    """List the loops to divide into levels: those whose carries, one for each trip, are much of what memory is left.
+
+    Loops divided into two consecutive parts (`_divide`) are exact too, but XLA:TPU was measured to hold the first
+    part's residuals twice: they are not planned.
+    """
     if step.local is not None or not step.repeatable or not rungs:
         return []  # of divided loops with sharded arguments nothing is known yet
-    found = _search.hull(plain, rungs)
-    peaks = [plain.predicted_peak_bytes, *(r.predicted_peak_bytes for r in found)]
-    gap = max((a - b for a, b in zip(peaks[1:], peaks[2:], strict=False)), default=0)
+    least = min(r.predicted_peak_bytes for r in [plain, *rungs])
     carries = {path: pair.carry_bytes for path, pair in _pairs.find_all(c.open_jaxpr(step.flat))}
-    out = []
-    for variant in _split.candidates(step.flat):
-        large = carries.get(variant.index, 0) >= _CARRIES * min(peaks)
-        if large if variant.kind == "two_level" else gap > _GAP * plain.predicted_peak_bytes:
-            out.append(variant)
-    return out
+    found = [v for v in _split.candidates(step.flat) if v.kind == "two_level"]
+    return [v for v in found if carries.get(v.index, 0) >= _CARRIES * least]
 
 
 def ladder_of_plan(

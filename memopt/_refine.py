@@ -51,13 +51,11 @@ class Holding:
       size_bytes: bytes of its results while they live; results of the step are held throughout and count none.
       fused: whether XLA computes it inside whoever reads it.
       in_place: whether its result may take the buffer of an operand that dies there.
-      keep_seconds: seconds of keeping its results for one later segment.
     """
 
     size_bytes: Sequence[int]
     fused: Sequence[bool]
     in_place: Sequence[bool]
-    keep_seconds: Sequence[float]
 
 
 def holding(survey: Survey) -> Holding:
@@ -65,13 +63,11 @@ def holding(survey: Survey) -> Holding:
     graph = survey.graph
     stored = _fusion.materialised(graph.closed, survey.target.platform)
     results = {v for v in graph.top.outs if v is not None}
-    last = graph.top.bins[-1]
     kept = [[v for v in op.outputs if v not in results] for op in graph.ops]
     return Holding(
         [sum(survey.bytes_of_value(v) for v in values) for values in kept],
         [not any(graph.values[v].var in stored or v in results for v in op.outputs) for op in graph.ops],
         [op.eqn.primitive.name in _timeline.IN_PLACE for op in graph.ops],
-        [sum(survey.keep_seconds(v, last) for v in values) for values in kept],
     )
 
 
@@ -230,14 +226,7 @@ class _Play:
         return peak, tight
 
     def _seconds(self) -> float:
-        model, keep = self.model, self.model.holding.keep_seconds
-        seconds = 0.0
-        for run, op in enumerate(self.op):
-            if self.original[op] != run:
-                seconds += model.repeatable[op]
-            elif keep[op]:
-                seconds += keep[op] * len({p for p in self.read[run] if p > model.place[op]})
-        return seconds
+        return sum(self.model.repeatable[op] for run, op in enumerate(self.op) if self.original[op] != run)
 
 
 class _Front:

@@ -32,10 +32,10 @@ class Judged(_search.Search):
 
     @staticmethod
     def holding(survey):
-        """Every result counts all its bytes, and keeping takes no time."""
+        """Every result counts all its bytes, from its operation on."""
         sizes = [sum(v.aval.size * v.aval.dtype.itemsize for v in op.eqn.outvars) for op in survey.graph.ops]
         never = [False] * len(sizes)
-        return Holding(sizes, never, never, [0.0] * len(sizes))
+        return Holding(sizes, never, never)
 
 
 def ladder(closed) -> list[_search.Rung]:
@@ -43,7 +43,7 @@ def ladder(closed) -> list[_search.Rung]:
     step = Step(closed, Target.parse("tpu:v5e:1x1"), [Remat()], None, None)
     plain = _search.plain_rung(step, ())
     plain.predicted_peak_bytes, plain.seconds = oracle_graphs.measure_jaxpr(closed)
-    return [plain, *Judged(step, (), plain).run()]
+    return [plain, *_search.hull(plain, Judged(step, (), plain).run())]
 
 
 def plan(closed, budget_bytes: int):
