@@ -233,11 +233,21 @@ class Fusion:
 
     def _is_repeated(self, value: int) -> bool:
         """Whether every root computes `value` itself, from what is in memory as long anyway."""
+        if self._is_laid_out_for_convolution(value):
+            return False
         if self.base[value] != value:
             return True
         if value in self.softmaxes:
             return False
         return all(self.late[b] >= self.last[value] for b in self.mix.get(value, (value,)))
+
+    def _is_laid_out_for_convolution(self, value: int) -> bool:
+        """Whether this is an image that convolutions of the TPU backend read in a layout of their own."""
+        graph = self.graph
+        if not self.rules.fuses_into_matmuls or any(graph.maker[b] >= 0 for b in self.mix.get(value, (value,))):
+            return False
+        readers = [graph.ops[r] for r in graph.uses[value]]
+        return any(r.name == "conv_general_dilated" and r.ins[0] == value for r in readers)
 
     def _read_whole(self, value: int) -> bool:
         """Whether an operation that is no fusion reads this very value."""

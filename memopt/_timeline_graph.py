@@ -154,8 +154,14 @@ def _alias(graph: Graph, eqn: Any, env: dict[Any, int], ins: list[int], name: st
         if name == "optimization_barrier":
             graph.forced.add(value)
         elif name != "random_wrap" and name != "random_unwrap":
-            graph.bytes[value] = min(graph.bytes[value], buffer_bytes(var.aval, graph.platform))
+            graph.bytes[value] = _view_bytes(graph, value, buffer_bytes(var.aval, graph.platform))
     return True
+
+
+def _view_bytes(graph: Graph, value: int, size: int) -> int:
+    """Return the bytes of a buffer that is also read under another shape: the larger, unless a copy is much smaller."""
+    old = graph.bytes[value]
+    return min(old, size) if graph.maker[value] < 0 or max(old, size) > 1.5 * min(old, size) else max(old, size)
 
 
 def _inline(graph: Graph, eqn: Any, body: Any, env: dict, ins: list[int], top: int, path: str) -> None:

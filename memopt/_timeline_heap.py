@@ -12,6 +12,8 @@ import heapq
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 
 @dataclasses.dataclass(slots=True)
 class Buffer:
@@ -38,6 +40,24 @@ def live_bytes(buffers: Sequence[Buffer], length: int, *, first: bool = False) -
         total += step
         found.append(total)
     return found
+
+
+def without_fast_memory(buffers: Sequence[Buffer], length: int, capacity: int, patience: int = 200) -> list[Buffer]:
+    """Return the buffers that stay in main memory when the shortest-lived ones go to a fast memory of `capacity` bytes.
+
+    Buffers that live longer than `patience` steps are written back to main memory at once and stay.
+    """
+    if not capacity:
+        return list(buffers)
+    used = np.zeros(length + 2, np.int64)
+    kept = []
+    for b in sorted(buffers, key=lambda b: (b.end - b.start, -b.bytes)):
+        window = used[b.start : b.end + 1]
+        if b.end - b.start <= patience and 2 * b.bytes <= capacity * 1.2 and window.max(initial=0) + b.bytes <= capacity:
+            window += b.bytes
+        else:
+            kept.append(b)
+    return kept
 
 
 def heap_bytes(buffers: Sequence[Buffer], share: float = 1 / 4096) -> int:

@@ -11,11 +11,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from memopt import _compat
 from memopt import _timeline_graph as tg
-from memopt._fusion import ELEMENTWISE, FREE, MATMULS, UPDATES, Fusion
+from memopt._fusion import ELEMENTWISE, FREE, MATMULS, RULES, UPDATES, Fusion
 from memopt._timeline_heap import Buffer, live_bytes
 
 LOOPS = frozenset({"scan", "while"})
@@ -28,8 +29,6 @@ class Run:
         self.jaxpr = jaxpr
         self.graph = graph = tg.flatten(jaxpr, platform)
         self.count, self.loop = len(jaxpr.eqns), loop
-        written = frozenset(graph.outputs[loop.carried :]) - {-1} if loop else frozenset()
-        self.fusion = Fusion(graph, written)
         self.bodies: dict[int, list[Run]] = {}
         self.inner: dict[int, Run] = {}
         self.across_loops: set[int] = set()
@@ -40,6 +39,41 @@ class Run:
         for index, op in enumerate(graph.ops):
             if op.live and op.name != "pallas_call":
                 self._enter(index, op, platform, cache)
+        if RULES[platform].narrows_matmul_operands:
+            self._narrow()
+        written = frozenset(graph.outputs[loop.carried :]) - {-1} if loop else frozenset()
+        self.fusion = Fusion(graph, written)
+
+    def _narrow(self) -> None:
+        """Store what only default-precision matmuls read as bfloat16, as XLA:TPU does."""
+        graph = self.graph
+        outputs = set(graph.outputs)
+        for value, aval in enumerate(graph.avals):
+            if graph.maker[value] >= 0 and value not in outputs and self.narrowed(value):
+                graph.bytes[value] = tg.buffer_bytes(aval.update(dtype=jnp.bfloat16), "tpu")
+
+    def narrowed(self, value: int) -> bool:
+        """Whether every reader of a float32 value turns it into bfloat16."""
+        graph = self.graph
+        if str(getattr(graph.avals[value], "dtype", "")) != "float32" or not graph.uses[value]:
+            return False
+        return all(self._narrows(r, value) for r in graph.uses[value])
+
+    def narrowed_by(self, index: int, value: int) -> bool:
+        """Whether one reader turns a float32 value into bfloat16."""
+        return str(getattr(self.graph.avals[value], "dtype", "")) == "float32" and self._narrows(index, value)
+
+    def _narrows(self, index: int, value: int) -> bool:
+        op = self.graph.ops[index]
+        if op.name in MATMULS:
+            return op.eqn.params.get("precision") is None
+        if op.name == "convert_element_type":
+            return op.eqn.params["new_dtype"] == jnp.bfloat16
+        if op.name != "scan":
+            return False
+        body = self.bodies[index][-1].graph
+        inside = [body.inputs[place - len(op.ins)] for place, v in enumerate(op.ins) if v == value]
+        return all(v not in body.outputs and self.bodies[index][-1].narrowed(v) for v in inside)
 
     def _enter(self, index: int, op: tg.Op, platform: str, cache: dict) -> None:
         layout = loop_layout(op)
@@ -167,7 +201,7 @@ class _Writer:
             shared.end = max(shared.end, end)
             self.buffer[value] = shared
             return
-        size = self._bytes(value)
+        size = self.graph.bytes[value]
         start = self._when(made)
         self._add(Buffer(size, start, max(start, end), max(start, end), (self.run, value)), value)
 
@@ -177,29 +211,6 @@ class _Writer:
 
     def _output(self, index: int, op: tg.Op, value: int) -> None:
         """An output has its own allocation; it takes over the buffer of an equal temporary that dies in it."""
-
-    def _bytes(self, value: int) -> int:
-        size = self.graph.bytes[value]
-        if self.fusion.rules.narrows_matmul_operands and self._only_matmuls_read(value):
-            return size // 2
-        return size
-
-    def _only_matmuls_read(self, value: int) -> bool:
-        graph = self.graph
-        if str(getattr(graph.avals[value], "dtype", "")) != "float32" or value in self.fusion.outputs:
-            return False
-        return bool(graph.uses[value]) and all(self._narrows(r, value) for r in graph.uses[value])
-
-    def _narrows(self, index: int, value: int) -> bool:
-        op = self.graph.ops[index]
-        if op.name in MATMULS:
-            return op.eqn.params.get("precision") is None
-        if op.name == "convert_element_type":
-            return str(op.eqn.params["new_dtype"]) == "bfloat16"
-        if op.name == "scan":
-            body = self.run.bodies[index][-1]
-            return all(_narrowed_inside(body, place - len(op.ins)) for place, v in enumerate(op.ins) if v == value)
-        return False
 
     def _dying_operand(self, index: int, op: tg.Op, value: int) -> Buffer | None:
         if op.name not in ELEMENTWISE and op.name not in UPDATES:
@@ -257,7 +268,7 @@ class _Writer:
             init.end, init.first_end = max(init.end, end), min(init.first_end, low)
             self.buffer[value] = init
             return
-        self._add(Buffer(self._bytes(value), low, end, low, (self.run, value)), value)
+        self._add(Buffer(self.graph.bytes[value], low, end, low, (self.run, value)), value)
 
     def _hoist_casts(self, loops: list[int]) -> None:
         """XLA:TPU casts a whole stack before the loop where the body reads its slices as bfloat16 only."""
@@ -269,21 +280,8 @@ class _Writer:
             if op.name != "scan":
                 continue
             for value in set(op.ins):
-                if value >= 0 and self.graph.maker[value] < 0 and self._is_cast_inside(index, value):
+                if value >= 0 and self.graph.maker[value] < 0 and self.run.narrowed_by(index, value):
                     low, high = spans.get(value, self.span[index])
                     spans[value] = min(low, self.span[index][0]), max(high, self.span[index][1])
         for value, (low, high) in spans.items():
             self.out.append(Buffer(self.graph.bytes[value] // 2, low, high, high, (self.run, value)))
-
-    def _is_cast_inside(self, index: int, value: int) -> bool:
-        if str(getattr(self.graph.avals[value], "dtype", "")) != "float32":
-            return False
-        return self._narrows(index, value)
-
-
-def _narrowed_inside(body: Run, place: int) -> bool:
-    """Whether a loop's body reads one of its inputs (counted from the end) only as the operand of a bfloat16 matmul."""
-    value = body.graph.inputs[place]
-    readers = body.graph.uses[value]
-    writer = _Writer(body, [], {}, 0)
-    return bool(readers) and value not in body.graph.outputs and all(writer._narrows(r, value) for r in readers)
