@@ -23,6 +23,7 @@ from memopt._step import Step
 _HOT = 0.5  # segments that hold less than this share of the peak's temporaries cannot bind
 _SWEEP = tuple(np.geomspace(5e-4, 2.0, 9))  # prices tried, in units of the step's seconds per byte of its temporaries
 _REFINEMENTS = 6  # prices tried between two of these
+_KEPT = 1e9  # what the cost of repeating is multiplied by, of what a plan must keep
 _VARIATIONS = 16  # cuts with varied costs
 _VARIED = 0.5  # standard deviation of the logarithm of a varied cost
 
@@ -87,6 +88,7 @@ class Search:
         self.unit = self.step.baseline_seconds / max(1.0, usage.max(initial=0))
         self.sweep(usage)
         if refined:
+            self.seed(usage)
             self.vary(usage)
             refine(self)
         return list(self.seen.values())
@@ -114,6 +116,20 @@ class Search:
     def _at(self, price: float, weights: np.ndarray) -> Rung:
         return self.score(self.network.solve(price * weights), price)
 
+    def seed(self, usage: np.ndarray) -> None:
+        """Try what people choose by hand: matmuls kept, those without batch dimensions, named values; the rest repeated.
+
+        Each is one cut in which repeating what is kept costs too much to be chosen, so it is at least as good as the
+        `jax.checkpoint` policy of that name.
+        """
+        weights = (usage > _HOT * usage.max(initial=0)).astype(float)
+        ops = self.survey.graph.ops
+        for kept in (_is_matmul, _is_plain_matmul, _is_named):
+            factors = np.array([_KEPT if kept(op) else 1.0 for op in ops])
+            if (factors > 1.0).any():
+                price = _SWEEP[-1] * self.unit
+                self.score(self.network.solve(price * weights, factors))
+
     def vary(self, usage: np.ndarray) -> None:
         """Look between hull points: varied costs tell apart operations that cost alike, where the gap is largest.
 
@@ -129,7 +145,7 @@ class Search:
                 if a.price and b.price
             ]
             gap, at = max(gaps, default=(0, 0))
-            if gap <= 0.02 * self.plain.predicted_peak_bytes:
+            if gap <= 0.005 * self.plain.predicted_peak_bytes:
                 break
             prices = sorted((rungs[at].price, rungs[at + 1].price))
             price = float(np.exp(random.uniform(*np.log(prices))))
@@ -160,6 +176,18 @@ class Search:
         usage = np.zeros(self.survey.bins)
         _spread(c.open_jaxpr(rung.closed), rung.timeline, 0, rung.bins, usage)
         return usage
+
+
+def _is_matmul(op: Any) -> bool:
+    return op.eqn.primitive.name in ("dot_general", "conv_general_dilated")
+
+
+def _is_plain_matmul(op: Any) -> bool:
+    return _is_matmul(op) and (op.eqn.primitive.name != "dot_general" or not any(op.eqn.params["dimension_numbers"][1]))
+
+
+def _is_named(op: Any) -> bool:
+    return op.eqn.primitive.name == "name"
 
 
 def _spread(jaxpr: Any, timeline: Any, outside: float, bins: dict, usage: np.ndarray) -> None:
