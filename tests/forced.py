@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from memopt import _apply, _inline, _sink
+from memopt import _apply, _inline, _segments, _sink
 from memopt import _compat as c
 from memopt._planner import make_ladder
 from memopt._survey import Survey
@@ -40,17 +40,29 @@ def repeatable(survey: Survey) -> dict[int, list[int]]:
     return found
 
 
-def force(closed: Any, *, share: float, seed: int = 0) -> Any:
-    """Return the step with this share of everything that may be repeated repeated, drawn for each segment apart."""
+def force(closed: Any, *, share: float, seed: int = 0, late: bool = False) -> Any:
+    """Return the step with this share of everything that may be repeated repeated, drawn for each segment apart.
+
+    Segments near each other share one repeat; with ``late`` only the second half of a region repeats, so that first
+    runs and repeats are both there.
+    """
     survey = survey_of(closed)
     rng = np.random.default_rng(seed)
-    repeats = {p: frozenset(op for op in ops if rng.random() < share) for p, ops in repeatable(survey).items()}
+    places = {p: ops for p, ops in repeatable(survey).items() if not late or _late(survey, p)}
+    repeats = {p: frozenset(op for op in ops if rng.random() < share) for p, ops in places.items()}
+    alone = sorted(set().union(*places.values())) if seed % 4 > 1 else []
+    repeats[_segments.ALONE] = frozenset(op for op in alone if rng.random() < 0.3)
     return _apply.apply(survey.graph, repeats)[0]
 
 
-def forced(share: float, seed: int = 0) -> Callable[[Any], Any]:
+def _late(survey: Survey, place: int) -> bool:
+    bins = survey.region_of_bin[place].bins
+    return place - bins[0] >= len(bins) // 2
+
+
+def forced(share: float, seed: int = 0, late: bool = False) -> Callable[[Any], Any]:
     """Return ``force`` with these settings."""
-    return functools.partial(force, share=share, seed=seed)
+    return functools.partial(force, share=share, seed=seed, late=late)
 
 
 def ladder(closed: Any) -> list[Any]:
@@ -75,4 +87,4 @@ def drawn(seed: int) -> Callable[[Any], Any]:
     """Return the rewrite for a seed: the planner's own plans for one in five, forced repeats for the rest."""
     if seed % 10 in (3, 6):
         return smallest if seed % 10 == 3 else middle
-    return forced({0: 0.0, 5: 1.0, 9: 1.0}.get(seed % 10, 0.5), seed)
+    return forced({0: 0.0, 5: 1.0, 9: 1.0}.get(seed % 10, 0.5), seed, late=seed % 2 == 1)

@@ -29,7 +29,7 @@ def loops(jaxpr) -> list:
 
 def applied(closed, share=1.0):
     """The step with everything repeated that may be, and with nothing repeated; both checked."""
-    new, kept = forced.force(closed, share=share), forced.force(closed, share=0.0)
+    new, kept = forced.force(closed, share=share, late=True), forced.force(closed, share=0.0)
     assert rewrite_checks.type_differences(closed, new) == rewrite_checks.type_differences(closed, kept) == []
     return new, kept
 
