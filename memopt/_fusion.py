@@ -239,7 +239,10 @@ class Fusion:
             return True
         if value in self.softmaxes:
             return False
-        return all(self.late[b] >= self.last[value] for b in self.mix.get(value, (value,)))
+        mix = self.mix.get(value, (value,))
+        if len(mix) > 1 and len(self.roots[value]) > 2:
+            return False
+        return all(self.late[b] >= self.last[value] for b in mix)
 
     def _is_laid_out_for_convolution(self, value: int) -> bool:
         """Whether this is an image that convolutions of the TPU backend read in a layout of their own."""

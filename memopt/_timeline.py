@@ -21,7 +21,7 @@ from memopt._timeline_run import Run
 
 MIB = 1 << 20
 #: The part of the vector memory in which XLA:TPU keeps short-lived values; the rest holds prefetched operands.
-FAST_MEMORY_BYTES = {"v5e": 72 * MIB, "v6e": 64 * MIB, "v5p": 32 * MIB}
+FAST_MEMORY_BYTES = {"v5e": 72 * MIB, "v6e": 40 * MIB, "v5p": 24 * MIB}
 
 __all__ = ["Live", "Timeline", "simulate"]
 
