@@ -19,7 +19,7 @@ import numpy as np
 class Buffer:
     """One allocation: `bytes` from time `start` to time `end`, both included.
 
-    `first_end` is when the first of the values that share the buffer dies: XLA's count of fragmentation follows only it.
+    `first_end` is when the first of the values that share the buffer dies: XLA counts fragmentation by it alone.
     """
 
     bytes: int
