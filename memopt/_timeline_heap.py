@@ -53,7 +53,8 @@ def without_fast_memory(buffers: Sequence[Buffer], length: int, capacity: int, p
     kept = []
     for b in sorted(buffers, key=lambda b: (b.end - b.start, -b.bytes)):
         window = used[b.start : b.end + 1]
-        if b.end - b.start <= patience and 2 * b.bytes <= capacity * 1.2 and window.max(initial=0) + b.bytes <= capacity:
+        small = 2 * b.bytes <= capacity * 1.2 and window.max(initial=0) + b.bytes <= capacity
+        if b.end - b.start <= patience and small:
             window += b.bytes
         else:
             kept.append(b)

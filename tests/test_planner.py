@@ -184,7 +184,8 @@ def test_cut_plans_have_no_gap_at_their_own_peak():
     cut = [i for i, rung in enumerate(ladder.rungs) if rung.price is not None]
     assert cut
     for i in cut:
-        assert ladder.plan(i).optimality_gap == ladder.plan(i, ladder.rungs[i].predicted_peak_bytes).optimality_gap == 0.0
+        at_its_peak = ladder.plan(i, ladder.rungs[i].predicted_peak_bytes)
+        assert ladder.plan(i).optimality_gap == at_its_peak.optimality_gap == 0.0
 
 
 @pytest.mark.parametrize("ladder", [of_cuts_alone, planned])
