@@ -51,8 +51,8 @@ def matmul_flops(program: Any) -> float:
         FLOPs.
 
     Example:
-        >>> import jax, jax.numpy as jnp
-        >>> matmul_flops(jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.ones((3, 4))))
+        >>> import jax, jax.numpy as jnp, memopt
+        >>> memopt.matmul_flops(jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.ones((3, 4))))
         48.0
     """
     if hasattr(program, "eqns"):

@@ -54,10 +54,12 @@ class Explanation:
         compiled: the compiler's own figures where asked for: the fields of `Memory`.
 
     Example:
-        >>> explanation = explain(lambda x: (x @ x).sum(), jax.ShapeDtypeStruct((256, 256), "float32"), target="cpu")
+        >>> import jax, memopt
+        >>> x = jax.ShapeDtypeStruct((256, 256), "float32")
+        >>> explanation = memopt.explain(lambda x: (x @ x).sum(), x, target="cpu")
         >>> explanation.argument_bytes
         262144
-        >>> Explanation.from_json(explanation.to_json()) == explanation
+        >>> memopt.Explanation.from_json(explanation.to_json()) == explanation
         True
     """
 
@@ -180,8 +182,9 @@ def explain(
         ValueError: options for a step that is jitted with options of its own.
 
     Example:
+        >>> import jax, memopt
         >>> x = jax.ShapeDtypeStruct((1024, 1024), "float32")
-        >>> explain(lambda x: x + 1, x, target="cpu").advice[0].text
+        >>> memopt.explain(lambda x: x + 1, x, target="cpu").advice[0].text
         'Donate argument 0 (donate_argnums=0): 1 of 1 leaves can hold an output.'
 
     Limits: predicted without compiling, so a peak may be off by some percent; `compile=True` shows by how much.

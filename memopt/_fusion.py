@@ -1,8 +1,8 @@
 """Which values XLA really puts in memory, and which only ever live inside a fused kernel.
 
-In comes a `Graph` (or a jaxpr), out go the values that get a buffer, each with its bytes, when it is made and when it is
-read last. Every rule is a named fact about XLA's fusion; what differs between backends stands in one table. Nothing here
-knows of loops around the computation, of donation or of addresses: those are the timeline's.
+In comes a `Graph` (or a jaxpr), out go the values that get a buffer, each with its bytes, when it is made and when it
+is read last. Every rule is a named fact about XLA's fusion; what differs between backends stands in one table. Nothing
+here knows of loops around the computation, of donation or of addresses: those are the timeline's.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ class Fusion:
     """The decisions for one graph: `stored`, `bytes`, `made` and `last` (operation indices) per value.
 
     A *root* is an operation that writes its result to memory or reads its operands from it. A value whose readers, seen
-    through fused operations, are one root lives inside that root's kernel. With more roots it is stored, unless what it is
-    computed from is in memory at least as long anyway: then each root computes it again.
+    through fused operations, are one root lives inside that root's kernel. With more roots it is stored, unless what it
+    is computed from is in memory at least as long anyway: then each root computes it again.
     """
 
     def __init__(self, graph: tg.Graph, written: frozenset[int] = frozenset()):

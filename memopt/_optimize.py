@@ -83,8 +83,8 @@ def optimize(
         BudgetError: raised by a call: no plan fits.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> step = optimize(lambda x: (x * 2).sum(), budget="1MiB")
+        >>> import jax.numpy as jnp, memopt
+        >>> step = memopt.optimize(lambda x: (x * 2).sum(), budget="1MiB")
         >>> float(step(jnp.ones(3)))
         6.0
 

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from memopt import _fusion, _segments, _timeline
+from memopt import _fusion, _segments
 from memopt import _graph as g
 from memopt._network import Choice
 from memopt._survey import Survey
@@ -24,6 +24,8 @@ _PLAYED = 60_000  # operations played in all: the number of plans tried falls wi
 _FRONT = 40  # plans scored at most
 _LONG = 100  # in plans of more repeats, single ones are not tried
 _DEEPER = 30  # plans that are no best ones, from which the search goes on when the best ones give nothing new
+#: Operations that may write their result into the buffer of an operand.
+_IN_PLACE = _fusion.ELEMENTWISE | _fusion.UPDATES | {"sort", "while", "scan"}
 
 Plan = frozenset[tuple[int, int]]  # (operation, segment in which its repeat is there); the segment may be ALONE
 
@@ -67,7 +69,7 @@ def holding(survey: Survey) -> Holding:
     return Holding(
         [sum(survey.bytes_of_value(v) for v in values) for values in kept],
         [not any(graph.values[v].var in stored or v in results for v in op.outputs) for op in graph.ops],
-        [op.eqn.primitive.name in _timeline.IN_PLACE for op in graph.ops],
+        [op.eqn.primitive.name in _IN_PLACE for op in graph.ops],
     )
 
 

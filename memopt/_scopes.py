@@ -38,8 +38,8 @@ def keep(target: T) -> T:
         TypeError: the target is none of these.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> keep(jnp.tanh)(0.0).item()
+        >>> import jax.numpy as jnp, memopt
+        >>> memopt.keep(jnp.tanh)(0.0).item()
         0.0
     """
     return _mark(target, MARKERS["keep"])
@@ -60,8 +60,8 @@ def recompute(target: T) -> T:
         TypeError: the target is none of these.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> recompute(jnp.tanh)(0.0).item()
+        >>> import jax.numpy as jnp, memopt
+        >>> memopt.recompute(jnp.tanh)(0.0).item()
         0.0
 
     Limits: effects (callbacks, prints) and values that the step returns are never repeated.

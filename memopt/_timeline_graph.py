@@ -176,6 +176,6 @@ def _inline(graph: Graph, eqn: Any, body: Any, env: dict, ins: list[int], top: i
     stack = "/".join(p for p in (path, str(eqn.source_info.name_stack)) if p)
     for sub in body.eqns:
         _add(graph, sub, inner, top, stack)
-    for var, atom in zip(eqn.outvars, body.outvars):
+    for var, atom in zip(eqn.outvars, body.outvars, strict=True):
         value = _read(inner, atom)
         env[var] = value if value >= 0 else graph.new(var.aval, -2)

@@ -19,7 +19,7 @@ import numpy as np
 class Buffer:
     """One allocation: `bytes` from time `start` to time `end`, both included.
 
-    `first_end` is when the first of the values that share the buffer dies: XLA's count of fragmentation follows only it.
+    `first_end` is when the first of the values that share the buffer dies: XLA counts fragmentation by it alone.
     """
 
     bytes: int
@@ -53,7 +53,8 @@ def without_fast_memory(buffers: Sequence[Buffer], length: int, capacity: int, p
     kept = []
     for b in sorted(buffers, key=lambda b: (b.end - b.start, -b.bytes)):
         window = used[b.start : b.end + 1]
-        if b.end - b.start <= patience and 2 * b.bytes <= capacity * 1.2 and window.max(initial=0) + b.bytes <= capacity:
+        small = 2 * b.bytes <= capacity * 1.2 and window.max(initial=0) + b.bytes <= capacity
+        if b.end - b.start <= patience and small:
             window += b.bytes
         else:
             kept.append(b)

@@ -1,8 +1,8 @@
 """Lifetimes: the buffers of one computation and of the bodies inside it, on one line of time.
 
-In comes a jaxpr and its fusion decisions; out go buffers with a start and an end, and the bytes alive per equation. Here
-stand the facts about loops: carries that are updated in place or copied, stacked buffers that are whole from the start of
-the loop, casts of whole stacks that leave the loop. It decides nothing about fusion and knows no addresses.
+In comes a jaxpr and its fusion decisions; out go buffers with a start and an end, and the bytes alive per equation.
+Here stand the facts about loops: carries that are updated in place or copied, stacked buffers that are whole from the
+start of the loop, casts of whole stacks that leave the loop. It decides nothing about fusion and knows no addresses.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Run:
 
     def emit(self, out: list[Buffer], start: int, aliased: Sequence[bool] = ()) -> int:
         """Add this computation's buffers from time `start` on; return the time at which it ends."""
-        graph, fusion = self.graph, self.fusion
+        graph = self.graph
         span: dict[int, tuple[int, int]] = {}
         now = start
         for index, op in enumerate(graph.ops):
@@ -225,7 +225,7 @@ class _Writer:
 
     def _written_in_place(self, made: int, op: tg.Op, value: int) -> bool:
         """Whether a body's new carry is computed into the buffer of the old one, which is not read any more."""
-        graph, fusion = self.graph, self.fusion
+        graph = self.graph
         loop = self.run.loop
         for place in [i for i, v in enumerate(graph.outputs[: loop.carried]) if v == value][:1]:
             old = graph.inputs[place - loop.scanned - loop.carried]

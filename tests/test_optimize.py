@@ -1,7 +1,7 @@
 """Tests of the decorator: whatever `jax.jit` runs, the optimized step runs too, with the same results and costs.
 
-The planner is replaced by a ladder of two rungs, the plain step and one with a barrier on every input, so that it shows
-that a rewritten step is what runs.
+The planner is replaced by a ladder of two rungs, the plain step and one with a barrier on every input (`fake_ladder`),
+so that it shows that a rewritten step is what runs.
 """
 
 import contextlib
@@ -10,52 +10,18 @@ import logging
 import time
 from types import SimpleNamespace
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax.training import train_state
-from jax.extend.core import jaxpr_as_fun
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from memopt import _program
 from memopt._errors import TargetError
 from memopt._optimize import BoundOptimized, FrontierPoint, Optimized, optimize
 from memopt._signature import Signature
-
-BUDGET = "1GiB"
-
-
-class Ladder:
-    """The plain step, too large for any budget, and the step with barriers."""
-
-    def __init__(self, closed):
-        avals = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in closed.in_avals]
-        fn = jaxpr_as_fun(closed)
-        guarded = jax.make_jaxpr(lambda *xs: fn(*(jax.lax.optimization_barrier(list(xs)) if xs else xs)))
-        rewritten = guarded(*avals)
-        self.rungs = [rung(closed, 2**40, 0.0), rung(rewritten, 1, 8.0)]
-
-    def choose(self, budget_bytes, measured):
-        peaks = [measured.get(i, r.predicted_peak_bytes) for i, r in enumerate(self.rungs)]
-        return next((i for i, peak in enumerate(peaks) if peak <= budget_bytes), None)
-
-    def plan(self, index, *, budget_bytes):
-        return SimpleNamespace(index=index, budget_bytes=budget_bytes)
-
-
-def rung(closed, peak_bytes, flops):
-    return SimpleNamespace(
-        jaxpr=lambda: closed, predicted_peak_bytes=peak_bytes, recompute_flops=flops, seconds=flops / 4
-    )
-
-
-@pytest.fixture(autouse=True)
-def ladder(monkeypatch):
-    monkeypatch.setattr(_program, "make_ladder", lambda closed, donated, settings, **_: Ladder(closed))
+from tests.fake_ladder import BUDGET, W, X, assert_same, check, count_eqns, is_rewritten, sgd
+from tests.fake_ladder import ladder as ladder
 
 
 @pytest.fixture
@@ -69,53 +35,6 @@ def compilations():
     jax.monitoring.register_event_duration_secs_listener(listen)
     yield count
     jax.monitoring.unregister_event_duration_listener(listen)
-
-
-def count_eqns(jaxpr, name):
-    total = 0
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        total += eqn.primitive.name == name
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                    total += count_eqns(inner, name)
-    return total
-
-
-def is_rewritten(step, *args, **kwargs):
-    return count_eqns(step.trace(*args, **kwargs).jaxpr, "optimization_barrier") > 0
-
-
-def assert_same(ours, plain):
-    assert jax.tree.structure(ours) == jax.tree.structure(plain)
-    for one, two in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
-        assert (one.shape, one.dtype, one.weak_type) == (two.shape, two.dtype, two.weak_type)
-        assert one.sharding.is_equivalent_to(two.sharding, one.ndim)
-        assert one.sharding.is_equivalent_to(two.sharding, one.ndim)
-        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-            one, two = jax.random.key_data(one), jax.random.key_data(two)
-        np.testing.assert_allclose(one, two, rtol=1e-6)
-
-
-def check(fn, *args, calls=2, **options):
-    """Run a step twice, optimized and plain, each from its own copies of the arguments."""
-    step, plain = optimize(fn, budget=BUDGET, **options), jax.jit(fn, **options)
-    for _ in range(calls):
-        assert_same(step(*copied(args)), plain(*copied(args)))
-    assert is_rewritten(step, *args)
-    return step
-
-
-def copied(tree):
-    return jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, tree)
-
-
-def sgd(w, x):
-    loss, grad = jax.value_and_grad(lambda w: jnp.mean(jnp.tanh(x @ w) ** 2))(w)
-    return w - 0.1 * grad, loss
-
-
-W, X = jnp.full((8, 8), 0.1, jnp.float32), jnp.arange(32.0).reshape(4, 8) / 32
 
 
 def test_second_call_neither_retraces_nor_recompiles(compilations):
@@ -358,143 +277,6 @@ def test_named_axes_and_outer_tracers():
 def test_optimized_inside_optimized():
     inner = optimize(lambda x: jnp.sin(x), budget=BUDGET)
     check(lambda x: inner(x) * 2, X)
-
-
-def test_control_flow_custom_rules_and_checkpoint():
-    @jax.custom_vjp
-    def clipped(x):
-        return jnp.clip(x, -1, 1)
-
-    clipped.defvjp(lambda x: (clipped(x), x), lambda x, g: (g * (abs(x) < 1).astype(g.dtype),))
-
-    @jax.checkpoint
-    def body(x):
-        return jnp.sin(clipped(x))
-
-    def loss(x, n):
-        x = jax.lax.cond(n > 1, body, jnp.cos, x)
-        x = (
-            jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, c[1] * 1.5), (0, jax.lax.stop_gradient(x)))[1]
-            + x
-        )
-        return jax.lax.scan(lambda c, y: (body(c) + y, c.sum()), x, jnp.ones((3, 4, 8)))[0].sum()
-
-    check(jax.value_and_grad(loss), X, jnp.int32(2))
-    check(jax.jit(jax.grad(loss)), X, jnp.int32(0))
-
-
-def test_gan_with_two_losses():
-    def step(state, z, real):
-        def generated(g):
-            return jnp.tanh(z @ g)
-
-        def critic(d, x):
-            return jax.nn.sigmoid(x @ d)
-
-        d_loss, d_grad = jax.value_and_grad(
-            lambda d: -jnp.log(critic(d, real)).mean() - jnp.log(1 - critic(d, generated(state["g"]))).mean()
-        )(state["d"])
-        g_loss, g_grad = jax.value_and_grad(lambda g: -jnp.log(critic(state["d"], generated(g))).mean())(state["g"])
-        return {"g": state["g"] - g_grad, "d": state["d"] - d_grad}, (g_loss, d_loss)
-
-    check(step, {"g": W, "d": jnp.ones((8, 1))}, X, X + 1, donate_argnums=0)
-
-
-def test_reinforcement_learning_loop_under_scan():
-    @optimize(budget=BUDGET)
-    def update(carry, key):
-        policy, position = carry
-        action = jax.random.categorical(key, policy)
-        moved = position + action.astype(jnp.float32)
-        reward = -abs(moved - 2.0)
-        grad = jax.grad(lambda p: jax.nn.log_softmax(p)[action] * reward)(policy)
-        return (policy + 0.1 * grad, moved * 0.5), reward
-
-    keys = jax.random.split(jax.random.key(0), 5)
-    start = (jnp.zeros(4), jnp.float32(0))
-    ours = jax.jit(lambda c, k: jax.lax.scan(update, c, k))(start, keys)
-    plain = jax.jit(lambda c, k: jax.lax.scan(update.__wrapped__, c, k))(start, keys)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), ours, plain)
-
-
-class Net(nn.Module):
-    @nn.compact
-    def __call__(self, x, train):
-        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(8)(x))
-        return nn.Dense(2)(nn.Dropout(0.5, deterministic=not train)(nn.relu(x)))
-
-
-class State(train_state.TrainState):
-    batch_stats: dict
-    key: jax.Array
-
-
-@pytest.mark.loose_promotion
-def test_linen_train_state_with_dropout_and_batch_stats():
-    variables = Net().init(jax.random.key(0), X, train=False)
-    state = State.create(
-        apply_fn=Net().apply, params=variables["params"], tx=optax.adamw(1e-2),
-        batch_stats=variables["batch_stats"], key=jax.random.key(1),
-    )  # fmt: skip
-
-    def step(state, x):
-        def loss(params):
-            out, new = state.apply_fn(
-                {"params": params, "batch_stats": state.batch_stats}, x, train=True,
-                rngs={"dropout": jax.random.fold_in(state.key, state.step)}, mutable=["batch_stats"],
-            )  # fmt: skip
-            return (out**2).mean(), new["batch_stats"]
-
-        (value, stats), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
-        return state.apply_gradients(grads=grads, batch_stats=stats), value
-
-    ours, plain = optimize(step, budget=BUDGET, donate_argnums=0), jax.jit(step, donate_argnums=0)
-    one, two = copied(state), copied(state)
-    for _ in range(3):
-        (one, loss_one), (two, loss_two) = ours(one, X), plain(two, X)
-        assert_same((one, loss_one), (two, loss_two))
-    assert int(one.step) == 3
-    assert is_rewritten(ours, one, X)
-
-
-def sharded_arguments():
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    w = jax.device_put(W, NamedSharding(mesh, PartitionSpec(None, "model")))
-    return mesh, w, jax.device_put(X, NamedSharding(mesh, PartitionSpec("data")))
-
-
-def test_sharded_arguments_keep_their_shardings():
-    mesh, w, x = sharded_arguments()
-    step = check(sgd, w, x)
-    assert step(w, x)[0].sharding.is_equivalent_to(w.sharding, 2)
-    check(sgd, w, x, out_shardings=(NamedSharding(mesh, PartitionSpec("data")), None))
-    spec = NamedSharding(mesh, PartitionSpec("data"))
-    check(sgd, W, X, in_shardings=(spec, NamedSharding(mesh, PartitionSpec())))
-    assert step.shardings(w, x) == ((w.sharding, x.sharding), {})
-    assert_same(step(W, X), jax.jit(sgd)(W, X))  # other shardings, another program
-    shape = jax.ShapeDtypeStruct(w.shape, w.dtype, sharding=w.sharding)
-    assert step.measure(shape, x).argument_bytes == w.nbytes // 2 + x.nbytes // 4
-
-
-def test_explicit_shardings_in_the_types():
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
-    x = jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, PartitionSpec("data")))
-    check(lambda w, x: jnp.sin(x @ w).sum(1), W, x)
-    with jax.set_mesh(mesh):
-        check(lambda x: jax.reshard(x * 2, PartitionSpec()), x)
-
-
-def test_shard_map():
-    mesh, w, x = sharded_arguments()
-
-    @functools.partial(
-        jax.shard_map, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec("data")), out_specs=PartitionSpec()
-    )
-    def gradient(w, x):
-        grad = jax.grad(lambda w: jnp.mean(jnp.tanh(x @ w) ** 2))(w)
-        return jax.lax.pmean(grad, "data")
-
-    check(lambda w, x: w - gradient(w, x), w, x)
 
 
 def test_disabled_runs_plain_jit(monkeypatch):
