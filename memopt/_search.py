@@ -117,7 +117,7 @@ class Search:
         return self.score(self.network.solve(price * weights), price)
 
     def seed(self, usage: np.ndarray) -> None:
-        """Try what people choose by hand: matmuls kept, those without batch dimensions, named values; the rest repeated.
+        """Try what people choose by hand: all matmuls kept, those without batch dimensions, or named values.
 
         Each is one cut in which repeating what is kept costs too much to be chosen, so it is at least as good as the
         `jax.checkpoint` policy of that name.
