@@ -67,7 +67,7 @@ class Plan:
 
     Example:
       >>> import jax, jax.numpy as jnp, memopt
-      >>> @memopt.optimize(budget="60%", target="cpu")
+      >>> @memopt.optimize(budget="75%", target="cpu")
       ... def step(w, x):
       ...     return jax.grad(lambda w: jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w)))(w)
       >>> plan = step.plan(jnp.ones((64, 64)), jnp.ones((4096, 64)))
