@@ -67,10 +67,11 @@ class Plan:
 
     Example:
       >>> import jax, jax.numpy as jnp, memopt
-      >>> @memopt.optimize(budget="75%", target="cpu")
+      >>> @memopt.optimize(budget="60%", target="cpu")
       ... def step(w, x):
-      ...     return jax.grad(lambda w: jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w)))(w)
-      >>> plan = step.plan(jnp.ones((64, 64)), jnp.ones((4096, 64)))
+      ...     loss = lambda w: jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(jnp.sin(x @ w)), None), x, w)[0])
+      ...     return jax.grad(loss)(w)
+      >>> plan = step.plan(jnp.ones((16, 64, 64)), jnp.ones((1024, 64)))
       >>> plan.predicted_peak_bytes <= plan.budget_bytes
       True
     """
