@@ -369,6 +369,7 @@ def test_updates_in_place_do_not_pay_for_the_whole_buffer():
     assert seconds(update, shaped((8192, 1024)), shaped((1, 1024))) == small > 0
 
 
+@pytest.mark.slow  # a timing: true on a quiet machine alone
 def test_a_hundred_thousand_equations_take_well_under_a_second():
     def chain(x):
         for _ in range(2_000):

@@ -369,6 +369,7 @@ def test_no_arrays_are_kept_alive():
     assert len(bound) == 0 or all(isinstance(key, Trainer) for key in bound)
 
 
+@pytest.mark.slow  # a timing: true on a quiet machine alone
 def test_dispatch_costs_less_than_another_jit():
     tree = {str(i): jnp.ones(4) for i in range(300)}
     fn = functools.partial(jax.tree.map, lambda x: x + 1)
