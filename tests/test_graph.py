@@ -49,25 +49,18 @@ def test_loops_that_hand_stacks_on_are_a_pair():
     assert second.bodies[0].sources == [first.bodies[0].id] and second.mapped
 
 
-def test_loops_of_other_lengths_are_no_pair():
-    def fn(x):
-        _, ys = jax.lax.scan(lambda h, _: (jnp.sin(h), h), x, None, length=4)
-        return jax.lax.scan(lambda h, y: (h + y, None), x, ys[:2])[0]
-    graph = graph_of(fn, X)
-    assert not any(op.feeds or op.mapped for op in graph.ops)
-
-
 def test_zeros_of_both_signs_stay_apart():
     graph = graph_of(lambda x: (x * 0.0, x * -0.0, x * 0.0), X)
     assert count(graph, "mul") == 2
 
 
 def test_effects_are_not_merged():
-    def fn(x):
+    @jax.jit
+    def noisy(x):
         jax.debug.callback(lambda v: None, x)
-        jax.debug.callback(lambda v: None, x)
-        return x
-    assert count(graph_of(fn, X), "debug_callback") == 2
+        return jnp.sin(x)
+    graph = graph_of(lambda x: noisy(x) + noisy(x), X)
+    assert count(graph, "debug_callback") == 2 and count(graph, "sin") == 1
 
 
 def test_random_bits_of_one_key_are_one_value():
