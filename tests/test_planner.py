@@ -24,7 +24,7 @@ from memopt._step import Step
 from memopt._target import Target
 from memopt.passes import Remat
 
-TARGET = Target.parse("tpu:v5e:1x1")
+TARGET = Target.parse("gpu:h100")  # no fast memory of its own that would hold these small arrays
 DEPTH = 6
 
 
@@ -63,7 +63,7 @@ def planned(closed=None, passes=None, **keywords):
 
 def test_peaks_fall_and_seconds_rise():
     rungs = planned().rungs
-    assert len(rungs) >= 4
+    assert len(rungs) >= 3
     peaks, seconds = [r.predicted_peak_bytes for r in rungs], [r.seconds for r in rungs[1:]]
     assert all(a > b for a, b in zip(peaks, peaks[1:], strict=False))
     assert all(a <= b for a, b in zip(seconds, seconds[1:], strict=False))
@@ -92,7 +92,7 @@ def test_choose_takes_the_cheapest_that_fits():
 def test_choose_believes_measured_peaks_first():
     ladder = planned()
     peaks = [r.predicted_peak_bytes for r in ladder.rungs]
-    assert ladder.choose(peaks[2], {2: peaks[2] + 1}) == 3
+    assert ladder.choose(peaks[1], {1: peaks[1] + 1}) == 2
     assert ladder.choose(peaks[2], {1: peaks[2]}) == 1
     assert ladder.choose(peaks[-1], {len(peaks) - 1: peaks[-1] + 1}) is None
 
@@ -285,7 +285,7 @@ print(json.dumps([t.told(rung), len(rung.jaxpr().eqns)]))
 
 
 @pytest.mark.parametrize(("field", "change"), [
-    ("jaxpr", {"function": lambda w, x: loss(w, x * 2.0)}), ("target", {"target": "tpu:v5p:2x2x1"}),
+    ("jaxpr", {"function": lambda w, x: loss(w, x * 2.0)}), ("target", {"target": "gpu:a100"}),
     ("passes", {"passes": [Remat(respect_checkpoint=True)]}), ("jax version", {})])
 def test_a_plan_for_another_step_is_refused(field, change):
     plan = planned().plan(1)
