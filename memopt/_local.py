@@ -96,6 +96,12 @@ class Local:
         Spread(self.sizes, self.specs, set(self.specs), self.origins).run(c.open_jaxpr(flat))
         return self._twins.closed(flat)
 
+    def describe(self, closed: Any) -> str:
+        """Return the mesh and over how many devices each argument is split, as text."""
+        parts = ["x".join(map(str, self.divisors(v))) for v in c.open_jaxpr(closed).invars]
+        sizes = {axis: size for axis, size in self.sizes.items() if ":" not in axis}
+        return f"{sizes} {' '.join(parts)}"
+
     def equation(self, eqn: Any) -> Any:
         """Return one equation as one device sees it, with its collectives."""
         return self._twins.equation(eqn, {})
