@@ -37,55 +37,6 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(listen)
 
 
-<<<<<<< HEAD
-=======
-def count_eqns(jaxpr, name):
-    total = 0
-    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
-        total += eqn.primitive.name == name
-        for value in eqn.params.values():
-            for inner in value if isinstance(value, (tuple, list)) else (value,):
-                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                    total += count_eqns(inner, name)
-    return total
-
-
-def is_rewritten(step, *args, **kwargs):
-    return count_eqns(step.trace(*args, **kwargs).jaxpr, "optimization_barrier") > 0
-
-
-def assert_same(ours, plain):
-    assert jax.tree.structure(ours) == jax.tree.structure(plain)
-    for one, two in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
-        assert (one.shape, one.dtype, one.weak_type) == (two.shape, two.dtype, two.weak_type)
-        assert one.sharding.is_equivalent_to(two.sharding, one.ndim)
-        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-            one, two = jax.random.key_data(one), jax.random.key_data(two)
-        np.testing.assert_allclose(one, two, rtol=1e-6)
-
-
-def check(fn, *args, calls=2, **options):
-    """Run a step twice, optimized and plain, each from its own copies of the arguments."""
-    step, plain = optimize(fn, budget=BUDGET, **options), jax.jit(fn, **options)
-    for _ in range(calls):
-        assert_same(step(*copied(args)), plain(*copied(args)))
-    assert is_rewritten(step, *args)
-    return step
-
-
-def copied(tree):
-    return jax.tree.map(lambda x: jnp.copy(x) if isinstance(x, jax.Array) else x, tree)
-
-
-def sgd(w, x):
-    loss, grad = jax.value_and_grad(lambda w: jnp.mean(jnp.tanh(x @ w) ** 2))(w)
-    return w - 0.1 * grad, loss
-
-
-W, X = jnp.full((8, 8), 0.1, jnp.float32), jnp.arange(32.0).reshape(4, 8) / 32
-
-
->>>>>>> 3e1958c (Test sharded steps, run and ahead of time)
 def test_second_call_neither_retraces_nor_recompiles(compilations):
     traces = []
 
