@@ -140,11 +140,7 @@ def compile_plain(program: Program) -> tuple[Any, Memory]:
 
 
 def plain_step(program: Program) -> Any:
-<<<<<<< HEAD
     """Return the compiled plain step; None where it is out of memory, or the target has no compiler here."""
-=======
-    """Return the compiled plain step; None where it is out of memory or nothing compiles for the target."""
->>>>>>> 3e1958c (Test sharded steps, run and ahead of time)
     target = program.settings.target
     return None if target.platform == "gpu" and not target.attached else compile_plain(program)[0]
 
