@@ -124,7 +124,7 @@ def test_shardings_of_the_options(mesh):
     bare = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (w, x)]
     step = memopt.optimize(fn, budget="80%", in_shardings=(w.sharding, x.sharding))
     sharded = memopt.optimize(fn, budget="80%").plan(w, x)
-    assert step.plan(*bare).baseline_peak_bytes == sharded.baseline_peak_bytes
+    assert step.plan(*bare).baseline_peak_bytes == pytest.approx(sharded.baseline_peak_bytes, rel=1e-3)
 
 
 def test_saved_plan_is_for_one_sharding(mesh):
