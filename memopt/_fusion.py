@@ -8,6 +8,7 @@ here knows of loops around the computation, of donation or of addresses: those a
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from memopt import _timeline_graph as tg
@@ -46,18 +47,28 @@ class Rules:
       fuses_into_matmuls: element-wise producers and consumers run inside matmul kernels (TPU).
       softmax_row: rows of at most this many elements go from the matmul through their maximum to `x - max` in one
         kernel, so that only `x - max` is stored, in the wider type.
+      repeats_softmax: whether exponentials are computed again in each matmul that reads them: "always", "fused" (only
+        behind such a kernel) or "never".
     """
 
     narrows_matmul_operands: bool
     fuses_into_matmuls: bool
     softmax_row: int
+    repeats_softmax: str = "always"
 
 
 RULES = {
     "tpu": Rules(True, True, 1024),
+    "tpu:v5p": Rules(True, True, 1024, "never"),
+    "tpu:v6e": Rules(True, True, 1024, "fused"),
     "cpu": Rules(False, False, 0),
     "gpu": Rules(False, False, 0),
 }
+
+
+def rules_for(platform: str, kind: str | None = None) -> Rules:
+    """Return the rules of a device kind, or of its platform where the kind has none of its own."""
+    return RULES.get(f"{platform}:{kind}") or RULES[platform]
 
 
 def materialised(jaxpr: Any, platform: str) -> set[Any]:
@@ -75,6 +86,8 @@ def materialised(jaxpr: Any, platform: str) -> set[Any]:
     return {var for var, value in graph.number.items() if value in kept}
 
 
+_ERRORS = frozenset({"erf", "erfc", "erf_inv"})
+_QUOTIENTS = frozenset({"exp", "exp2", "logistic"})
 FREE, INFINITE = -1, 1 << 60
 
 
@@ -86,8 +99,8 @@ class Fusion:
     is computed from is in memory at least as long anyway: then each root computes it again.
     """
 
-    def __init__(self, graph: tg.Graph, written: frozenset[int] = frozenset()):
-        self.graph, self.rules = graph, RULES[graph.platform]
+    def __init__(self, graph: tg.Graph, written: frozenset[int] = frozenset(), rules: Rules | None = None):
+        self.graph, self.rules = graph, rules or rules_for(graph.platform)
         self.written = written  # outputs that go straight into a stacked buffer
         self.base: list[int] = list(range(len(graph.avals)))
         self.mix: dict[int, tuple[int, ...]] = {}
@@ -95,6 +108,7 @@ class Fusion:
         self.softmaxes: set[int] = set()
         self.stored: set[int] = set()
         self.direct: set[int] = set()
+        self.copies: dict[int, int] = {}  # made whole for one reader; all others compute them again
         self.need: list[int] = [-1] * len(graph.avals)
         self.ready: list[int] = [-1] * len(graph.avals)
         self.bytes = graph.bytes
@@ -109,6 +123,10 @@ class Fusion:
         self._find_bases()
         self._decide()
         self._schedule()
+
+    def until(self, value: int) -> int:
+        """Return the operation that reads the buffer of `value` last."""
+        return self.copies.get(value, self.last[value])
 
     # What each element-wise value is computed from.
 
@@ -183,10 +201,12 @@ class Fusion:
                 self._gather(value)
                 if self._needs_buffer(op, index, value):
                     self.stored.add(value)
+                    if self._is_laid_out_for_convolution(value):
+                        graph.bytes[value] = max(graph.bytes[value], _image_bytes(graph.avals[value]))
                 elif value in self.written:
                     self.stored.add(value)
                     self.direct.add(value)
-                elif op.name in ELEMENTWISE:
+                if op.name in ELEMENTWISE and (value not in self.stored or value in self.copies):
                     when = max(when, self.last[value])
                     for source in self.mix.get(value, ()):
                         self.late[source] = max(self.late[source], self.late[value])
@@ -201,8 +221,9 @@ class Fusion:
         last, need, all_out = -1, -1, True
         for reader in graph.uses[value]:
             op = graph.ops[reader]
-            fused = [v for v in op.outs if v not in self.stored] if op.name in ELEMENTWISE else []
-            if len(fused) < len(op.outs) or not op.outs:
+            through = op.name in ELEMENTWISE
+            fused = [v for v in op.outs if v not in self.stored or v in self.copies] if through else []
+            if any(v in self.stored for v in op.outs) or not through:
                 found.append(reader)
                 last = max(last, reader)
                 need = max([need, *(self.ready[v] for v in op.outs)])
@@ -218,16 +239,19 @@ class Fusion:
         self.last[value], self.need[value], self.all_out[value] = last, need, all_out and bool(found)
 
     def _needs_buffer(self, op: tg.Op, index: int, value: int) -> bool:
+        graph = self.graph
         if value in self.outputs and value not in self.written:
             return True
         roots = self.roots[value]
         if not roots or self.base[value] == FREE:
             return False
-        if value in self.graph.forced:
+        if value in graph.forced:
             return True
         if op.name not in ELEMENTWISE:
             return self._anchor_needs_buffer(op, index, value)
         if self._read_whole(value):
+            if self._is_repeated(value):
+                self.copies[value] = max(r for r in graph.uses[value] if self._is_opaque(graph.ops[r], value))
             return True
         return len(roots) > 1 and not self._is_repeated(value)
 
@@ -236,13 +260,42 @@ class Fusion:
         if self._is_laid_out_for_convolution(value):
             return False
         if self.base[value] != value:
-            return True
+            return not self._is_dear(value)
         if value in self.softmaxes:
             return False
         mix = self.mix.get(value, (value,))
+        if self._is_dear(value):
+            return False
         if len(mix) > 1 and len(self.roots[value]) > 2:
             return False
+        if len(mix) > 1 and all(self.graph.ops[r].name in MATMULS for r in self.roots[value]):
+            return self.graph.ops[self.graph.maker[value]].name != "div"
         return all(self.late[b] >= self.last[value] for b in mix)
+
+    def _is_dear(self, value: int) -> bool:
+        """Whether `value` holds a function that this backend does not compute again in each matmul that reads it."""
+        graph, mode = self.graph, self.rules.repeats_softmax
+        if graph.maker[value] < 0 or not all(graph.ops[r].name in MATMULS for r in self.roots[value]):
+            return False
+        row = graph.avals[value].shape[-1]
+        mix = self.mix.get(value, (self.base[value],))
+        if mode == "always" or row % 128 or (mode == "fused" and mix[0] in self.softmaxes):
+            return self._chain_has(value, _ERRORS)
+        return self._chain_has(value, _ERRORS | _QUOTIENTS)
+
+    def _chain_has(self, value: int, names: frozenset[str], depth: int = 24) -> bool:
+        """Whether one of `names` lies between `value` and what it is computed from."""
+        graph = self.graph
+        todo, seen, stop = [value], set(), {*self.mix.get(value, ()), self.base[value]} - {value}
+        while todo and len(seen) < depth:
+            place = graph.maker[todo.pop()]
+            if place < 0 or place in seen or graph.ops[place].name not in ELEMENTWISE:
+                continue
+            seen.add(place)
+            if graph.ops[place].name in names:
+                return True
+            todo += [v for v in graph.ops[place].ins if v >= 0 and v not in stop and self.base[v] != FREE]
+        return False
 
     def _is_laid_out_for_convolution(self, value: int) -> bool:
         """Whether this is an image that convolutions of the TPU backend read in a layout of their own."""
@@ -283,6 +336,8 @@ class Fusion:
             return self.rules.fuses_into_matmuls or op.name not in MATMULS
         if root.name not in ELEMENTWISE:
             return op.name in RANDOM and root.name in MATMULS
+        if op.name in MATMULS and any(self.ready[v] > index for v in root.outs):
+            return False
         if op.name in MATMULS and self.absorbed.setdefault(place, index) != index:
             return False
         return self.rules.fuses_into_matmuls or op.name not in MATMULS
@@ -300,3 +355,12 @@ class Fusion:
                 if value in self.stored:
                     moved = value in self.outputs or index in self.absorbed
                     self.made[value] = max(self.ready[value], 0) if moved else index
+
+
+def _image_bytes(aval: Any) -> int:
+    """Return the bytes of an image whose batch the TPU backend puts in the 128 lanes, as it does with few channels."""
+    batch, *spatial, channels = aval.shape
+    if channels >= 8:
+        return 0
+    packed = max(4 // aval.dtype.itemsize, 1 << (channels - 1).bit_length())
+    return -(-batch // 128) * 128 * math.prod(spatial) * packed * aval.dtype.itemsize

@@ -17,11 +17,18 @@ import numpy as np
 from memopt import _compat_timeline
 from memopt import _timeline_graph as tg
 from memopt import _timeline_heap as heap
+from memopt._fusion import rules_for
 from memopt._timeline_run import Run
 
 MIB = 1 << 20
 #: The part of the vector memory in which XLA:TPU keeps short-lived values; the rest holds prefetched operands.
 FAST_MEMORY_BYTES = {"v5e": 72 * MIB, "v6e": 40 * MIB, "v5p": 24 * MIB}
+
+#: XLA:TPU starts every buffer, however small, on a multiple of this.
+SMALL_BUFFER_BYTES = 16 * 1024
+SMALL_BUFFERS = 10_000
+#: The part of the holes of our heap that XLA's has: it knows the order of allocations, we know it roughly.
+HOLES_KEPT = 0.5
 
 __all__ = ["Live", "Timeline", "simulate"]
 
@@ -84,12 +91,13 @@ def simulate(
     platform = getattr(target, "platform", None) or str(target).split(":")[0]
     jaxpr = getattr(closed_jaxpr, "jaxpr", closed_jaxpr)
     flags = list(donated) + [False] * (len(jaxpr.invars) - len(donated))
-    run = Run(jaxpr, platform, {} if cache is None else cache)
+    kind = _kind(target)
+    run = Run(jaxpr, platform, {} if cache is None else cache, rules_for(platform, kind))
     alias_bytes, aliased = _aliases(jaxpr, flags, platform)
     run.lay_out(aliased)
     argument_bytes = sum(tg.buffer_bytes(v.aval, platform) for v in jaxpr.invars)
     output_bytes = sum(tg.buffer_bytes(v.aval, platform) for v in jaxpr.outvars)
-    temp_bytes = _reported_bytes(run, platform, FAST_MEMORY_BYTES.get(_kind(target), 0) if platform == "tpu" else 0)
+    temp_bytes = _reported_bytes(run, platform, FAST_MEMORY_BYTES.get(kind, 0) if platform == "tpu" else 0)
     inner = {i: _inner_timeline(r, platform) for i, r in run.inner.items()}
     return Timeline(
         argument_bytes=argument_bytes,
@@ -120,6 +128,8 @@ def _reported_bytes(run: Run, platform: str, fast_bytes: int) -> int:
     size = heap.heap_bytes(buffers)
     if platform != "tpu":
         return size
+    live = max(heap.live_bytes(buffers, run.length), default=0)
+    size = live + int(HOLES_KEPT * (size - live)) + SMALL_BUFFER_BYTES * min(len(buffers), SMALL_BUFFERS)
     return size + max(0, size - max(heap.live_bytes(buffers, run.length, first=True), default=0))
 
 

@@ -54,6 +54,7 @@ class Graph:
         self.outputs: list[int] = []
         self.forced: set[int] = set()
         self.number: dict[Any, int] = {}
+        self.padding: dict[int, float] = {}  # bytes in memory over bytes, where a kernel asks for a layout
 
     def new(self, aval: Any, maker: int) -> int:
         """Add a value and return its number."""
@@ -135,6 +136,33 @@ def _add(graph: Graph, eqn: Any, env: dict[Any, int], top: int, path: str) -> No
     for var in eqn.outvars:
         env[var] = graph.new(var.aval, len(graph.ops) - 1)
         op.outs.append(env[var])
+    if graph.platform == "tpu":
+        _lay_out(graph, op)
+
+
+def _lay_out(graph: Graph, op: Op) -> None:
+    """Pad what a batched matmul reads or makes as its kernel needs it: the two tiled dimensions are no batch ones.
+
+    Element-wise results keep the layout of an operand of the same shape.
+    """
+    if op.name == "dot_general":
+        (_, batches), out = op.eqn.params["dimension_numbers"], op.eqn.outvars[0].aval
+        sides = [(value, atom.aval, dims) for value, atom, dims in zip(op.ins, op.eqn.invars, batches)]
+        for value, aval, dims in [*sides, (op.outs[0], out, range(len(batches[0])))]:
+            if dims and value >= 0 and graph.maker[value] >= 0 and aval.ndim - len(dims) >= 2:
+                inner = tuple(d for i, d in enumerate(aval.shape) if i not in dims)
+                rest = math.prod(aval.shape[i] for i in dims)
+                size = rest * buffer_bytes(aval.update(shape=inner), "tpu")
+                graph.bytes[value] = max(graph.bytes[value], size)
+                graph.padding[value] = graph.bytes[value] / max(1, _cost.aval_bytes(aval))
+        return
+    for value in op.ins:
+        if value in graph.padding:
+            for out in op.outs:
+                aval = graph.avals[out]
+                if getattr(aval, "shape", None) == getattr(graph.avals[value], "shape", ()):
+                    graph.padding[out] = graph.padding[value]
+                    graph.bytes[out] = max(graph.bytes[out], int(_cost.aval_bytes(aval) * graph.padding[value]))
 
 
 def _only_renames(eqn: Any) -> bool:

@@ -16,7 +16,7 @@ import numpy as np
 
 from memopt import _compat
 from memopt import _timeline_graph as tg
-from memopt._fusion import ELEMENTWISE, FREE, MATMULS, RULES, UPDATES, Fusion
+from memopt._fusion import ELEMENTWISE, FREE, MATMULS, UPDATES, Fusion, Rules
 from memopt._timeline_heap import Buffer, live_bytes
 
 LOOPS = frozenset({"scan", "while"})
@@ -25,10 +25,10 @@ LOOPS = frozenset({"scan", "while"})
 class Run:
     """The buffers of one computation; call `lay_out` before reading `buffers` and `usage`."""
 
-    def __init__(self, jaxpr: Any, platform: str, cache: dict, loop: Layout | None = None):
+    def __init__(self, jaxpr: Any, platform: str, cache: dict, rules: Rules, loop: Layout | None = None):
         self.jaxpr = jaxpr
         self.graph = graph = tg.flatten(jaxpr, platform)
-        self.count, self.loop = len(jaxpr.eqns), loop
+        self.count, self.loop, self.rules = len(jaxpr.eqns), loop, rules
         self.bodies: dict[int, list[Run]] = {}
         self.inner: dict[int, Run] = {}
         self.across_loops: set[int] = set()
@@ -39,10 +39,13 @@ class Run:
         for index, op in enumerate(graph.ops):
             if op.live and op.name != "pallas_call":
                 self._enter(index, op, platform, cache)
-        if RULES[platform].narrows_matmul_operands:
+        if rules.narrows_matmul_operands:
             self._narrow()
         written = frozenset(graph.outputs[loop.carried :]) - {-1} if loop else frozenset()
-        self.fusion = Fusion(graph, written)
+        self.fusion = Fusion(graph, written, rules)
+        for index, op in enumerate(graph.ops):
+            if op.live and op.name in LOOPS:
+                self._postpone(index)
 
     def _narrow(self) -> None:
         """Store what only default-precision matmuls read as bfloat16, as XLA:TPU does."""
@@ -51,6 +54,26 @@ class Run:
         for value, aval in enumerate(graph.avals):
             if graph.maker[value] >= 0 and value not in outputs and self.narrowed(value):
                 graph.bytes[value] = tg.buffer_bytes(aval.update(dtype=jnp.bfloat16), "tpu")
+
+    def _postpone(self, loop: int) -> None:
+        """Run matmuls that the loop does not wait for after it, where it frees more: XLA's list scheduler goes by that."""
+        graph, fusion = self.graph, self.fusion
+        freed = sum(graph.bytes[v] for v in fusion.stored if fusion.until(v) == loop)
+        for index in range(loop - 1, -1, -1):
+            op = graph.ops[index]
+            if op.live and op.name in LOOPS:
+                return
+            if not op.live or op.name not in MATMULS or op.outs[0] not in fusion.stored:
+                continue
+            if min(graph.uses[op.outs[0]], default=len(graph.ops)) < loop or op.outs[0] in fusion.outputs:
+                continue
+            dying = {fusion.base[v] for v in op.ins if v >= 0} & fusion.stored
+            dying = [v for v in dying if fusion.last[v] < loop and graph.maker[v] >= 0]
+            gain = sum(graph.bytes[v] for v in dying) - graph.bytes[op.outs[0]]
+            if dying and gain < freed:
+                fusion.made[op.outs[0]] = loop + 1
+                for value in dying:
+                    fusion.last[value] = loop + 1
 
     def narrowed(self, value: int) -> bool:
         """Whether every reader of a float32 value turns it into bfloat16."""
@@ -79,9 +102,9 @@ class Run:
         layout = loop_layout(op)
         for body in tg.bodies(op.eqn):
             loop = layout if layout and len(body.outvars) == len(op.outs) else None
-            key = (id(body), platform, loop)
+            key = (id(body), platform, self.rules, loop)
             if key not in cache:
-                cache[key] = (Run(body, platform, cache, loop), body)
+                cache[key] = (Run(body, platform, cache, self.rules, loop), body)
             run = cache[key][0]
             self.bodies.setdefault(index, []).append(run)
             if op.top not in self.inner or run.graph.ops and len(run.graph.ops) > len(self.inner[op.top].graph.ops):
@@ -189,7 +212,7 @@ class _Writer:
 
     def _value(self, index: int, op: tg.Op, value: int) -> None:
         fusion = self.fusion
-        made, last = fusion.made.get(value, index), fusion.last[value]
+        made, last = fusion.made.get(value, index), fusion.until(value)
         if value in fusion.outputs and not self.run.loop:
             self._output(index, op, value)
             return
@@ -199,6 +222,8 @@ class _Writer:
         shared = self._dying_operand(index, op, value)
         if shared is not None:
             shared.end = max(shared.end, end)
+            if shared.first_end > shared.start:
+                shared.first_end = max(shared.first_end, shared.end)
             self.buffer[value] = shared
             return
         size = self.graph.bytes[value]
@@ -219,7 +244,7 @@ class _Writer:
         for operand in op.ins if op.name in ELEMENTWISE else op.ins[:1]:
             base = fusion.base[operand] if operand >= 0 else FREE
             found = self.buffer.get(base)
-            if found is not None and fusion.last[base] == index and found.bytes == size:
+            if found is not None and fusion.until(base) == index and found.bytes == size:
                 return found
         return None
 
