@@ -147,7 +147,7 @@ def _lay_out(graph: Graph, op: Op) -> None:
     """
     if op.name == "dot_general":
         (_, batches), out = op.eqn.params["dimension_numbers"], op.eqn.outvars[0].aval
-        sides = [(value, atom.aval, dims) for value, atom, dims in zip(op.ins, op.eqn.invars, batches)]
+        sides = [(value, atom.aval, dims) for value, atom, dims in zip(op.ins, op.eqn.invars, batches, strict=True)]
         for value, aval, dims in [*sides, (op.outs[0], out, range(len(batches[0])))]:
             if dims and value >= 0 and graph.maker[value] >= 0 and aval.ndim - len(dims) >= 2:
                 inner = tuple(d for i, d in enumerate(aval.shape) if i not in dims)

@@ -56,7 +56,7 @@ class Run:
                 graph.bytes[value] = tg.buffer_bytes(aval.update(dtype=jnp.bfloat16), "tpu")
 
     def _postpone(self, loop: int) -> None:
-        """Run matmuls that the loop does not wait for after it, where it frees more: XLA's list scheduler goes by that."""
+        """Run matmuls that the loop does not wait for after it, where that frees more, as XLA's list scheduler does."""
         graph, fusion = self.graph, self.fusion
         freed = sum(graph.bytes[v] for v in fusion.stored if fusion.until(v) == loop)
         for index in range(loop - 1, -1, -1):

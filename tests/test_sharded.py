@@ -71,8 +71,8 @@ CASES = [
     (mlp, "fsdp", "scan"),
     (mlp, "data", "unrolled"),
     (mlp, "fsdp", "unrolled"),
-    (gpt, "data", "scan"),
-    (gpt, "fsdp", "scan"),
+    pytest.param(gpt, "data", "scan", marks=pytest.mark.slow),  # minutes on two cores
+    pytest.param(gpt, "fsdp", "scan", marks=pytest.mark.slow),
 ]
 
 
