@@ -277,7 +277,7 @@ class Fusion:
         graph, mode = self.graph, self.rules.repeats_softmax
         if graph.maker[value] < 0 or not all(graph.ops[r].name in MATMULS for r in self.roots[value]):
             return False
-        row = graph.avals[value].shape[-1]
+        row = (getattr(graph.avals[value], "shape", ()) or (1,))[-1]
         mix = self.mix.get(value, (self.base[value],))
         if mode == "always" or row % 128 or (mode == "fused" and mix[0] in self.softmaxes):
             return self._chain_has(value, _ERRORS)

@@ -85,10 +85,11 @@ def mlp(length):
     return _inline.inline(jax.jit(jax.value_and_grad(loss)).trace(*shapes).jaxpr)
 
 
-def test_dividing_alone_costs_little():
+def test_the_timeline_knows_that_dividing_costs_memory():
+    # Compiled for v5e, an 8-layer MLP divided at 4 took 1.46 times the plain step's temporaries.
     closed = mlp(8)
     plain = _timeline.simulate(closed, target=TPU).peak_bytes
-    assert _timeline.simulate(_divide.divide(closed, 0, 4), target=TPU).peak_bytes < 1.05 * plain
+    assert 1.2 * plain < _timeline.simulate(_divide.divide(closed, 0, 4), target=TPU).peak_bytes < 1.7 * plain
 
 
 def test_plans_in_between_appear():
