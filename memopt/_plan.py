@@ -148,7 +148,7 @@ class Plan:
         ]
         rows = Table(title=f"{len(self.decisions)} values read again later, the largest first")
         for name in ("value", "bytes", "choice", "where", "why"):
-            rows.add_column(name, overflow="fold")
+            rows.add_column(name, overflow="fold", no_wrap=name in ("bytes", "choice"))
         for d in self.decisions[:24]:
             rows.add_row(d.name, format_bytes(d.value_bytes), d.choice, d.source, d.reason)
         out = io.StringIO()
@@ -156,6 +156,9 @@ class Plan:
         for key, value in head:
             console.print(f"{key:<28}{value}")
         console.print(rows)
+        if self.variant:
+            kind, index, block, levels = self.variant
+            console.print(f"- The loop at equation {index} runs in {levels} levels, with blocks of {block} ({kind}).")
         for note in self.notes:
             console.print(f"- {note}")
         return out.getvalue()
