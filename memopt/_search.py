@@ -9,7 +9,7 @@ budget is the planner's business.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -185,13 +185,13 @@ class Search:
         narrow = _NARROW * self.plain.predicted_peak_bytes
         most = len(self.seen) + max(_LEAST_FILLS, min(_FILLS, _FILLED // max(1, len(self.survey.graph.ops))))
         while len(self.seen) < most:
-            rungs = [self.plain, *self._hull()]
+            rungs = [self.plain] * (not self.always) + self._hull()
             wide = [pair for pair in zip(rungs, rungs[1:], strict=False) if _bytes_between(*pair) > narrow]
             gap = max((p for p in wide if (id(p[0]), id(p[1])) not in tried), key=_between, default=None)
             if gap is None:
                 break
             tried.add((id(gap[0]), id(gap[1])))
-            for choice in [*_mixtures(gap[0].choice, gap[1].choice), *self._kept_again(*gap)]:
+            for choice in [*_mixtures(gap[0].choice, gap[1].choice, self.always), *self._kept_again(*gap)]:
                 self.score(choice)
             self._vary(gap, random)
 
@@ -246,7 +246,7 @@ def _between(gap: tuple[Rung, Rung]) -> float:
     return _bytes_between(*gap) * (gap[1].seconds - gap[0].seconds)
 
 
-def _mixtures(one: Choice, other: Choice) -> list[Choice]:
+def _mixtures(one: Choice, other: Choice, always: Set[int]) -> list[Choice]:
     """Return the two plans that follow one choice for the first half of what they differ in, and the other after it."""
     if one.stores or other.stores:
         return []
@@ -256,9 +256,11 @@ def _mixtures(one: Choice, other: Choice) -> list[Choice]:
         return []
     middle = differing[len(differing) // 2]
     found = []
+    both = {e for e in left | right if e[0] in always}
     for first, second in ((left, right), (right, left)):
         repeats: dict[int, set[int]] = {}
-        for op, place in sorted({e for e in first if e[0] < middle} | {e for e in second if e[0] >= middle}):
+        entries = {e for e in first if e[0] < middle} | {e for e in second if e[0] >= middle}
+        for op, place in sorted(entries | both):
             repeats.setdefault(place, set()).add(op)
         found.append(Choice({place: frozenset(ops) for place, ops in repeats.items()}))
     return found
