@@ -238,9 +238,9 @@ class _Writer:
         """An output has its own allocation; it takes over the buffer of an equal temporary that dies in it."""
 
     def _dying_operand(self, index: int, op: tg.Op, value: int) -> Buffer | None:
-        if op.name not in ELEMENTWISE and op.name not in UPDATES:
-            return None
         size, fusion = self.graph.bytes[value], self.fusion
+        if op.name not in UPDATES and index not in fusion.absorbed:
+            return None
         for operand in op.ins if op.name in ELEMENTWISE else op.ins[:1]:
             base = fusion.base[operand] if operand >= 0 else FREE
             found = self.buffer.get(base)
