@@ -89,6 +89,8 @@ def materialised(jaxpr: Any, platform: str) -> set[Any]:
 _ERRORS = frozenset({"erf", "erfc", "erf_inv"})
 _QUOTIENTS = frozenset({"exp", "exp2", "logistic"})
 FREE, INFINITE = -1, 1 << 60
+#: How many operations a kernel that nothing waits for is put off by at most.
+_PATIENCE = 64
 
 
 class Fusion:
@@ -331,13 +333,22 @@ class Fusion:
             if self.fused_max.get(value, set()) >= set(self.roots[value]):
                 return False
             if self.all_out[value] and self.rules.fuses_into_matmuls:
-                self.runs[index] = max(index, self.need[value])
+                self.runs[index] = self._idle_until(op, max(index, self.need[value]))
                 return False
             roots = self.roots[value]
             if len(roots) == 1 and self._takes(graph.ops[roots[0]], roots[0], index, op):
                 self.runs[index] = max(index, self.need[value])
                 return False
         return True
+
+    def _idle_until(self, op: tg.Op, index: int) -> int:
+        """Return when XLA's scheduler runs a kernel that nothing waits for: before the next that makes as much."""
+        graph = self.graph
+        freed = max((graph.bytes[v] for v in op.ins if v >= 0), default=0)
+        for later in range(index + 1, min(index + _PATIENCE, self.end)):
+            if any(v in self.stored and graph.bytes[v] >= freed for v in graph.ops[later].outs):
+                return later - 1
+        return index
 
     def _takes(self, root: tg.Op, place: int, index: int, op: tg.Op) -> bool:
         """Whether the kernel of `root` can compute this anchor as well: one matmul in a kernel, none below another."""

@@ -239,7 +239,8 @@ class _Writer:
 
     def _dying_operand(self, index: int, op: tg.Op, value: int) -> Buffer | None:
         size, fusion = self.graph.bytes[value], self.fusion
-        if op.name not in UPDATES and index not in fusion.absorbed:
+        alone = fusion.rules.fuses_into_matmuls and index not in fusion.absorbed
+        if op.name not in UPDATES and (alone or op.name not in ELEMENTWISE):
             return None
         for operand in op.ins if op.name in ELEMENTWISE else op.ins[:1]:
             base = fusion.base[operand] if operand >= 0 else FREE
