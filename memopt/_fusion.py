@@ -49,19 +49,22 @@ class Rules:
         kernel, so that only `x - max` is stored, in the wider type.
       repeats_softmax: whether exponentials are computed again in each matmul that reads them: "always", "fused" (only
         behind such a kernel) or "never".
+      widens_halves: bfloat16 and float16 are computed in float32: what matmuls read and make is stored wide, and what a
+        loop's body reads is cast as a whole before the loop (CPU).
     """
 
     narrows_matmul_operands: bool
     fuses_into_matmuls: bool
     softmax_row: int
     repeats_softmax: str = "always"
+    widens_halves: bool = False
 
 
 RULES = {
     "tpu": Rules(True, True, 1024),
     "tpu:v5p": Rules(True, True, 1024, "never"),
     "tpu:v6e": Rules(True, True, 1024, "fused"),
-    "cpu": Rules(False, False, 0),
+    "cpu": Rules(False, False, 0, widens_halves=True),
     "gpu": Rules(False, False, 0),
 }
 
