@@ -287,13 +287,24 @@ def _is_named(op: Any) -> bool:
 
 def _spread(jaxpr: Any, timeline: Any, outside: float, bins: dict, usage: np.ndarray) -> None:
     for i, eqn in enumerate(jaxpr.eqns):
-        place = next((bins[v] for v in eqn.outvars if v in bins), None)
-        if place is not None:
-            usage[place] = max(usage[place], outside + timeline.usage[i])
-        inner = timeline.inner.get(i)
-        if inner is not None:
-            base = outside + timeline.usage[i] - max(inner.usage.max(initial=0), 0)
-            _spread(inner.body, inner, base, bins, usage)
+        _note(eqn, outside + timeline.usage[i], bins, usage)
+        if eqn.primitive.name == "shard_map":
+            for inside, used, bodies in timeline.within(i):
+                _note(inside, outside + used, bins, usage)
+                for inner in bodies:
+                    _enter(inner, outside + used, bins, usage)
+        elif i in timeline.inner:
+            _enter(timeline.inner[i], outside + timeline.usage[i], bins, usage)
+
+
+def _note(eqn: Any, used: float, bins: dict, usage: np.ndarray) -> None:
+    place = next((bins[v] for v in eqn.outvars if v in bins), None)
+    if place is not None:
+        usage[place] = max(usage[place], used)
+
+
+def _enter(inner: Any, used: float, bins: dict, usage: np.ndarray) -> None:
+    _spread(inner.body, inner, used - max(inner.usage.max(initial=0), 0), bins, usage)
 
 
 def hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:

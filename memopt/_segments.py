@@ -41,7 +41,7 @@ def _boundaries(graph: g.Graph, region: g.Region) -> list[int]:
     total = len(region.ops)
     loops = [i for i, op in enumerate(region.ops) if op.bodies]
     cuts = {0} | {i for i in loops} | {i + 1 for i in loops if i + 1 < total}
-    if region.parent is not None and total <= ONE_SEGMENT_BODY:
+    if _repeats_whole(region) and total <= ONE_SEGMENT_BODY:
         return sorted(cuts) if total else []
     crossing = _crossing_bytes(graph, region)
     step = max(1, total // MOST_SEGMENTS)
@@ -49,6 +49,11 @@ def _boundaries(graph: g.Graph, region: g.Region) -> list[int]:
     for lo, hi in zip(edges, edges[1:], strict=False):
         cuts.update(_necks(crossing, lo, hi, step))
     return sorted(cuts)
+
+
+def _repeats_whole(region: g.Region) -> bool:
+    """Say whether a region is the body of a loop or a branch; a `shard_map` outside loops is as long as the step."""
+    return region.op is not None and (region.trips > 1 or region.op.eqn.primitive.name != "shard_map")
 
 
 def _necks(crossing: np.ndarray, lo: int, hi: int, step: int) -> list[int]:

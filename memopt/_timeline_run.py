@@ -69,6 +69,7 @@ class Run:
         """Run matmuls that the loop does not wait for after it, where that frees more, as XLA's list scheduler does."""
         graph, fusion = self.graph, self.fusion
         freed = sum(graph.bytes[v] for v in fusion.stored if fusion.until(v) == loop)
+        after = next((i for i in range(loop + 1, len(graph.ops)) if graph.ops[i].live), len(graph.ops))
         for index in range(loop - 1, -1, -1):
             op = graph.ops[index]
             if op.live and op.name in LOOPS:
@@ -81,9 +82,9 @@ class Run:
             dying = [v for v in dying if fusion.last[v] < loop and graph.maker[v] >= 0]
             gain = sum(graph.bytes[v] for v in dying) - graph.bytes[op.outs[0]]
             if dying and gain < freed:
-                fusion.made[op.outs[0]] = loop + 1
+                fusion.made[op.outs[0]] = after
                 for value in dying:
-                    fusion.last[value] = loop + 1
+                    fusion.last[value] = after
 
     def narrowed(self, value: int) -> bool:
         """Whether every reader of a float32 value turns it into bfloat16."""

@@ -218,10 +218,15 @@ def budget_error(program: Program, index: int, smallest_peak_bytes: int) -> Budg
 def _alive(program: Program, index: int) -> list[str]:
     jaxpr = program.ladder.rungs[index].jaxpr()
     timeline = simulate(jaxpr, donated=program.donated, target=program.settings.target, local=program.local)
-    found = [(live.bytes, f"{live.name} {live.source}".strip()) for live in timeline.alive()]
+    found = [(live.bytes, f"{live.name} {live.source}".strip() or _unnamed(live)) for live in timeline.alive()]
     arguments = sum(map(aval_bytes, program.argument_avals))
     ranked = sorted([(arguments, "arguments"), *found], key=lambda item: -item[0])
     return [f"{format_bytes(size)} {text}" for size, text in ranked[:_LISTED] if size]
+
+
+def _unnamed(live: Any) -> str:
+    """Say what a value is that no equation of its computation makes."""
+    return f"{live.aval.str_short(short_dtypes=True)} that a loop takes in"
 
 
 def donation_advice(program: Program) -> list[str]:
