@@ -9,7 +9,7 @@ budget is the planner's business.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,13 @@ _HOT = 0.5  # segments that hold less than this share of the peak's temporaries 
 _SWEEP = tuple(np.geomspace(5e-4, 2.0, 9))  # prices tried, in units of the step's seconds per byte of its temporaries
 _REFINEMENTS = 6  # prices tried between two of these
 _KEPT = 1e9  # what the cost of repeating is multiplied by, of what a plan must keep
-_VARIATIONS = 16  # cuts with varied costs
+_NARROW = 0.003  # gaps between neighbours below this share of the plain peak are not filled
+_STEEP = 8  # power of a segment's share of the peak by which its price falls
+_DEAR = 0.1  # share of a plan's repeated FLOPs from which one operation's are looked at by themselves
+_DEAREST = 3  # how many of those
+_FILLS, _LEAST_FILLS = 40, 8  # plans tried between neighbours on the hull, and for the longest steps
+_FILLED = 100_000  # operations built for them in all
+_BISECTIONS = 10  # prices tried for one cut with varied costs
 _VARIED = 0.5  # standard deviation of the logarithm of a varied cost
 
 
@@ -86,19 +92,22 @@ class Search:
             self.survey, self.repeatable, usage > _HOT * usage.max(initial=0), self.step.always, self.step.stores
         )
         self.unit = self.step.baseline_seconds / max(1.0, usage.max(initial=0))
-        self.sweep(usage)
+        self.weights = (usage > _HOT * usage.max(initial=0)).astype(float)
+        self.sweep()
         if refined:
             self.seed(usage)
-            self.vary(usage)
+            self.tighten()
+            self.prune()
+            self.fill()
             refine(self)
         return list(self.seen.values())
 
-    def sweep(self, usage: np.ndarray) -> None:
+    def sweep(self) -> None:
         """Find the lower hull of peak against time for one price in all segments that the peak's bytes reach.
 
         Between two neighbours the price at which both cost the same is tried next, where the gap is largest.
         """
-        weights = (usage > _HOT * usage.max(initial=0)).astype(float)
+        weights = self.weights
         found = {p: self._at(p * self.unit, weights) for p in _SWEEP}
         span = max(r.predicted_peak_bytes for r in found.values()) - min(r.predicted_peak_bytes for r in found.values())
         for _ in range(_REFINEMENTS):
@@ -117,40 +126,97 @@ class Search:
         return self.score(self.network.solve(price * weights), price)
 
     def seed(self, usage: np.ndarray) -> None:
-        """Try what people choose by hand: all matmuls kept, those without batch dimensions, or named values.
+        """Try what people choose by hand: all matmuls kept, those without batch dimensions, named values, block inputs.
 
-        Each is one cut in which repeating what is kept costs too much to be chosen, so it is at least as good as the
-        `jax.checkpoint` policy of that name.
+        Each is one cut in which repeating what is kept costs too much to be chosen, and one more with memory priced
+        where that plan's peak is; so it is at least as good as the `jax.checkpoint` policy of that name. Block inputs
+        are where a step narrows to one value (`_segments.necks`): each of them, every second, every fourth.
         """
-        weights = (usage > _HOT * usage.max(initial=0)).astype(float)
         ops = self.survey.graph.ops
-        for kept in (_is_matmul, _is_plain_matmul, _is_named):
-            factors = np.array([_KEPT if kept(op) else 1.0 for op in ops])
-            if (factors > 1.0).any():
-                price = _SWEEP[-1] * self.unit
-                self.score(self.network.solve(price * weights, factors))
+        necks = _segments.necks(self.survey.graph, int(usage.argmax()))[::-1]
+        seeds = [{op.id for op in ops if kept(op)} for kept in (_is_matmul, _is_plain_matmul, _is_named)]
+        price = _SWEEP[-1] * self.unit
+        for kept in dict.fromkeys(frozenset(s) for s in [*seeds, *(necks[::every] for every in (1, 2, 4))]):
+            if kept:
+                factors = np.array([_KEPT if op.id in kept else 1.0 for op in ops])
+                rung = self.score(self.network.solve(price * self.weights, factors))
+                self.score(self.network.solve(price * self._tight(rung), factors))
 
-    def vary(self, usage: np.ndarray) -> None:
-        """Look between hull points: varied costs tell apart operations that cost alike, where the gap is largest.
+    def tighten(self) -> None:
+        """Price memory where it binds: cut again for each plan, a segment's price falling with the bytes it lacks.
 
-        At one price all of them are kept or all repeated; with costs that differ a little, some are and some are not.
+        One price in all segments also pays for bytes that the peak never sees; a plan that lowers the peak elsewhere is
+        left alone by it.
         """
-        weights = (usage > _HOT * usage.max(initial=0)).astype(float)
+        for rung in [r for r in self._hull() if r.price]:
+            self._at(rung.price, self._tight(rung))
+
+    def _tight(self, rung: Rung) -> np.ndarray:
+        usage = self.usage(rung)
+        weights = self.weights * (usage / usage.max(initial=1)) ** _STEEP
+        return weights * self.weights.sum() / max(weights.sum(), 1e-9)
+
+    def prune(self) -> None:
+        """Keep what is dear to repeat, for each plan that repeats it, one operation at a time.
+
+        Where memory binds in many segments alike, the price asks for bytes there that lower no peak.
+        """
+        for rung in self._hull():
+            for choice in self._kept_again(self.plain, rung, _DEAR * rung.recompute_flops):
+                self.score(choice, rung.price)
+
+    def _kept_again(self, above: Rung, below: Rung, least_flops: float = 0.0) -> list[Choice]:
+        """Return the plan below without the repeats of one operation that the plan above keeps, the dearest first."""
+        runs: dict[int, float] = {}
+        for (op, place), first in _segments.chains(self.survey.graph, below.choice.repeats).items():
+            if place == first and op not in self.always:
+                trips = self.survey.region_of_bin[place].trips
+                runs[op] = runs.get(op, 0.0) + trips * _cost.matmul_flops(self.survey.graph.ops[op].eqn)
+        kept = {op for ops in above.choice.repeats.values() for op in ops}
+        dear = sorted((-flops, op) for op, flops in runs.items() if flops > least_flops and op not in kept)
+        found = []
+        for _, op in dear[:_DEAREST]:
+            repeats = {place: ops - {op} for place, ops in below.choice.repeats.items()}
+            found.append(Choice({place: ops for place, ops in repeats.items() if ops}, below.choice.stores))
+        return found
+
+    def fill(self) -> None:
+        """Look between neighbours on the hull, where the gap is largest: mixtures of both, then a cut of varied costs.
+
+        A mixture takes one plan's decisions for the operations up to some one, and the other's for the rest: layers of
+        an unrolled step then have different plans. At one price, operations that cost alike are all kept or all
+        repeated; with costs varied a little (seeded), some are and some are not.
+        """
         random = np.random.default_rng(0)
-        for _ in range(_VARIATIONS):
-            rungs = hull(self.plain, list(self.seen.values()))
-            gaps = [
-                (a.predicted_peak_bytes - b.predicted_peak_bytes, i)
-                for i, (a, b) in enumerate(zip(rungs, rungs[1:], strict=False))
-                if a.price and b.price
-            ]
-            gap, at = max(gaps, default=(0, 0))
-            if gap <= 0.005 * self.plain.predicted_peak_bytes:
+        tried: set[Any] = set()
+        narrow = _NARROW * self.plain.predicted_peak_bytes
+        most = len(self.seen) + max(_LEAST_FILLS, min(_FILLS, _FILLED // max(1, len(self.survey.graph.ops))))
+        while len(self.seen) < most:
+            rungs = [self.plain] * (not self.always) + self._hull()
+            wide = [pair for pair in zip(rungs, rungs[1:], strict=False) if _bytes_between(*pair) > narrow]
+            gap = max((p for p in wide if (id(p[0]), id(p[1])) not in tried), key=_between, default=None)
+            if gap is None:
                 break
-            prices = sorted((rungs[at].price, rungs[at + 1].price))
-            price = float(np.exp(random.uniform(*np.log(prices))))
-            factors = np.exp(random.normal(0.0, _VARIED, len(self.survey.graph.ops)))
-            self.score(self.network.solve(price * weights, factors), price)
+            tried.add((id(gap[0]), id(gap[1])))
+            for choice in [*_mixtures(gap[0].choice, gap[1].choice, self.always), *self._kept_again(*gap)]:
+                self.score(choice)
+            self._vary(gap, random)
+
+    def _vary(self, gap: tuple[Rung, Rung], random: np.random.Generator) -> None:
+        """Vary the costs, and find the price at which the cut's plan then costs something between two neighbours'."""
+        factors = np.exp(random.normal(0.0, _VARIED, len(self.survey.graph.ops)))
+        low, high = _SWEEP[0] * self.unit, _SWEEP[-1] * self.unit
+        for _ in range(_BISECTIONS):
+            price = float(np.sqrt(low * high))
+            choice = self.network.solve(price * self.weights, factors)
+            seconds = self._seconds(choice) - self.undone_seconds
+            if gap[0].seconds < seconds < gap[1].seconds:
+                self.score(choice, price)
+                return
+            low, high = (low, price) if seconds >= gap[1].seconds else (price, high)
+
+    def _hull(self) -> list[Rung]:
+        return hull(self.plain, list(self.seen.values()))
 
     def score(self, choice: Choice, price: float | None = None) -> Rung:
         """Build and simulate a plan, once."""
@@ -176,6 +242,35 @@ class Search:
         usage = np.zeros(self.survey.bins)
         _spread(c.open_jaxpr(rung.closed), rung.timeline, 0, rung.bins, usage)
         return usage
+
+
+def _bytes_between(above: Rung, below: Rung) -> int:
+    return above.predicted_peak_bytes - below.predicted_peak_bytes
+
+
+def _between(gap: tuple[Rung, Rung]) -> float:
+    """What a plan between two neighbours could save at most: bytes for seconds."""
+    return _bytes_between(*gap) * (gap[1].seconds - gap[0].seconds)
+
+
+def _mixtures(one: Choice, other: Choice, always: Set[int]) -> list[Choice]:
+    """Return the two plans that follow one choice for the first half of what they differ in, and the other after it."""
+    if one.stores or other.stores:
+        return []
+    left, right = ({(op, place) for place, ops in x.repeats.items() for op in ops} for x in (one, other))
+    differing = sorted({op for op, _ in left ^ right})
+    if len(differing) < 2:
+        return []
+    middle = differing[len(differing) // 2]
+    found = []
+    both = {e for e in left | right if e[0] in always}
+    for first, second in ((left, right), (right, left)):
+        repeats: dict[int, set[int]] = {}
+        entries = {e for e in first if e[0] < middle} | {e for e in second if e[0] >= middle}
+        for op, place in sorted(entries | both):
+            repeats.setdefault(place, set()).add(op)
+        found.append(Choice({place: frozenset(ops) for place, ops in repeats.items()}))
+    return found
 
 
 def _is_matmul(op: Any) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _cost, _inline, _sink, _specs, _split
+from memopt import _cost, _inline, _narrow, _sink, _specs, _split
 from memopt._contract import Left, Repeat, Store
 from memopt._decisions import Names, decisions, settle
 from memopt._local import local_shapes
@@ -54,7 +54,7 @@ class Step:
         """The step without plain calls and dead code, its loops divided; None where they cannot be."""
         respect = any(getattr(p, "respect_checkpoint", False) for p in self.passes)
         flat = _inline.inline(self.closed, respect_checkpoint=respect)
-        flat = _sink.sink(c.close(c.dce(flat)[0], c.jaxpr_consts(flat)))
+        flat = _narrow.narrow(_sink.sink(c.close(c.dce(flat)[0], c.jaxpr_consts(flat))))
         return flat if self.variant is None else _split.apply_variant(flat, self.variant)
 
     @property
