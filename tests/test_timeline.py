@@ -57,7 +57,7 @@ def scanned(dtype, layers=6, width=256, batch=2048):
 
 
 NARROW = pytest.mark.xfail(
-    jax.__version_info__ >= (0, 11), reason="newer XLA:CPU keeps half precision in loops: predicted too high", strict=True
+    jax.__version_info__ >= (0, 11), reason="newer XLA:CPU keeps half precision in loops", strict=True
 )
 
 
