@@ -140,7 +140,7 @@ class Bench:
             try:
                 step, args = case.optimized(plan=memopt.Plan.from_json(stored["plan"]), budget=NO_LIMIT)
                 return step, args, step.plan(*args)
-            except ValueError as error:
+            except (ValueError, IndexError) as error:  # another step, or segments of an older planner
                 _report.console().print(f"{key}: planned again, {error}", soft_wrap=True)
         step, args, plan = _plan(case, name)
         self.plans.put(key, {"plan": plan.to_json()})

@@ -335,7 +335,7 @@ class Fusion:
         if op.name in MATMULS or op.name in RANDOM or op.name in REDUCTIONS:
             if self.fused_max.get(value, set()) >= set(self.roots[value]):
                 return False
-            if self.all_out[value] and self.rules.fuses_into_matmuls:
+            if self.all_out[value] and self._first_in_kernel(self.roots[value][0], index, op):
                 self.runs[index] = self._idle_until(op, max(index, self.need[value]))
                 return False
             roots = self.roots[value]
@@ -349,7 +349,8 @@ class Fusion:
         graph = self.graph
         freed = max((graph.bytes[v] for v in op.ins if v >= 0), default=0)
         for later in range(index + 1, min(index + _PATIENCE, self.end)):
-            if any(v in self.stored and graph.bytes[v] >= freed for v in graph.ops[later].outs):
+            made = [v for v in graph.ops[later].outs if v in self.stored and v not in self.outputs]
+            if any(graph.bytes[v] >= freed for v in made):
                 return later - 1
         return index
 
@@ -359,9 +360,13 @@ class Fusion:
             return self.rules.fuses_into_matmuls or op.name not in MATMULS
         if root.name not in ELEMENTWISE:
             return op.name in RANDOM and root.name in MATMULS
-        if op.name in MATMULS and self.absorbed.setdefault(place, index) != index:
+        return op.name not in MATMULS or self._first_in_kernel(place, index, op)
+
+    def _first_in_kernel(self, root: int, index: int, op: tg.Op) -> bool:
+        """Whether the kernel of `root` holds no other matmul; in time it is the last that gets there."""
+        if not self.rules.fuses_into_matmuls:
             return False
-        return self.rules.fuses_into_matmuls or op.name not in MATMULS
+        return op.name not in MATMULS or self.absorbed.setdefault(root, index) == index
 
     # When each stored value is made.
 

@@ -218,6 +218,8 @@ class _Writer:
             for value in op.outs:
                 if value in fusion.stored and value not in fusion.direct:
                     self._value(index, op, value)
+            if fusion.rules.widens_halves and op.name == "dot_general":
+                self._transposed(index, op)
         self._hoist_casts(loops)
         if fusion.rules.widens_halves:
             self._hoist_widening(loops)
@@ -343,3 +345,23 @@ class _Writer:
                 held = self.buffer.get(value)
                 if held is not None and held.end == high and self.fusion.until(value) == index:
                     held.end = held.first_end = max(held.start, low - 1)
+
+    def _transposed(self, index: int, op: tg.Op) -> None:
+        """XLA:CPU copies a matmul's operand that is not laid out as [batch, m, k] or [batch, k, n].
+
+        What an element-wise kernel makes for this matmul alone, it makes in that layout at once.
+        """
+        graph = self.graph
+        contracting, batches = op.eqn.params["dimension_numbers"]
+        for side, value in enumerate(op.ins):
+            if value < 0 or graph.maker[value] >= 0 and self._made_for(value):
+                continue
+            batch, inner, rank = list(batches[side]), sorted(contracting[side]), op.eqn.invars[side].aval.ndim
+            first = rank - len(inner) if side == 0 else len(batch)
+            if batch != list(range(len(batch))) or inner != list(range(first, first + len(inner))):
+                low, high = self.span[index]
+                self.out.append(Buffer(graph.bytes[value], low, high, high, (self.run, value)))
+
+    def _made_for(self, value: int) -> bool:
+        """Whether an element-wise kernel makes a value that one operation reads."""
+        return self.graph.ops[self.graph.maker[value]].name in ELEMENTWISE and len(self.graph.uses[value]) == 1
