@@ -95,7 +95,7 @@ class Search:
         self.weights = (usage > _HOT * usage.max(initial=0)).astype(float)
         self.sweep()
         if refined:
-            self.seed()
+            self.seed(usage)
             self.tighten()
             self.prune()
             self.fill()
@@ -125,18 +125,22 @@ class Search:
     def _at(self, price: float, weights: np.ndarray) -> Rung:
         return self.score(self.network.solve(price * weights), price)
 
-    def seed(self) -> None:
-        """Try what people choose by hand: all matmuls kept, those without batch dimensions, or named values.
+    def seed(self, usage: np.ndarray) -> None:
+        """Try what people choose by hand: all matmuls kept, those without batch dimensions, named values, block inputs.
 
-        Each is one cut in which repeating what is kept costs too much to be chosen, so it is at least as good as the
-        `jax.checkpoint` policy of that name.
+        Each is one cut in which repeating what is kept costs too much to be chosen, and one more with memory priced
+        where that plan's peak is; so it is at least as good as the `jax.checkpoint` policy of that name. Block inputs
+        are where a step narrows to one value (`_segments.necks`): each of them, every second, every fourth.
         """
         ops = self.survey.graph.ops
-        for kept in (_is_matmul, _is_plain_matmul, _is_named):
-            factors = np.array([_KEPT if kept(op) else 1.0 for op in ops])
-            if (factors > 1.0).any():
-                price = _SWEEP[-1] * self.unit
-                self.score(self.network.solve(price * self.weights, factors))
+        necks = _segments.necks(self.survey.graph, int(usage.argmax()))[::-1]
+        seeds = [{op.id for op in ops if kept(op)} for kept in (_is_matmul, _is_plain_matmul, _is_named)]
+        price = _SWEEP[-1] * self.unit
+        for kept in dict.fromkeys(frozenset(s) for s in [*seeds, *(necks[::every] for every in (1, 2, 4))]):
+            if kept:
+                factors = np.array([_KEPT if op.id in kept else 1.0 for op in ops])
+                rung = self.score(self.network.solve(price * self.weights, factors))
+                self.score(self.network.solve(price * self._tight(rung), factors))
 
     def tighten(self) -> None:
         """Price memory where it binds: cut again for each plan, a segment's price falling with the bytes it lacks.
@@ -145,9 +149,12 @@ class Search:
         left alone by it.
         """
         for rung in [r for r in self._hull() if r.price]:
-            usage = self.usage(rung)
-            weights = self.weights * (usage / usage.max(initial=1)) ** _STEEP
-            self._at(rung.price, weights * self.weights.sum() / max(weights.sum(), 1e-9))
+            self._at(rung.price, self._tight(rung))
+
+    def _tight(self, rung: Rung) -> np.ndarray:
+        usage = self.usage(rung)
+        weights = self.weights * (usage / usage.max(initial=1)) ** _STEEP
+        return weights * self.weights.sum() / max(weights.sum(), 1e-9)
 
     def prune(self) -> None:
         """Keep what is dear to repeat, for each plan that repeats it, one operation at a time.

@@ -28,7 +28,7 @@ FAST_MEMORY_BYTES = {"v5e": 72 * MIB, "v6e": 40 * MIB, "v5p": 24 * MIB}
 SMALL_BUFFER_BYTES = 16 * 1024
 SMALL_BUFFERS = 10_000
 #: The part of the holes of our heap that XLA's has: it knows the order of allocations, we know it roughly.
-HOLES_KEPT = 0.5
+HOLES_KEPT = 1.0
 
 __all__ = ["Live", "Timeline", "simulate"]
 

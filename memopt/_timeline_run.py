@@ -41,6 +41,8 @@ class Run:
                 self._enter(index, op, platform, cache)
         if rules.narrows_matmul_operands:
             self._narrow()
+        if rules.widens_halves:
+            self._widen()
         written = frozenset(graph.outputs[loop.carried :]) - {-1} if loop else frozenset()
         self.fusion = Fusion(graph, written, rules)
         for index, op in enumerate(graph.ops):
@@ -54,6 +56,14 @@ class Run:
         for value, aval in enumerate(graph.avals):
             if graph.maker[value] >= 0 and value not in outputs and self.narrowed(value):
                 graph.bytes[value] = tg.buffer_bytes(aval.update(dtype=jnp.bfloat16), "tpu")
+
+    def _widen(self) -> None:
+        """Store what matmuls read and make in half precision as float32, as XLA:CPU does."""
+        graph = self.graph
+        touched = {v for op in graph.ops if op.live and op.name in MATMULS for v in (*op.ins, *op.outs) if v >= 0}
+        for value in touched:
+            if graph.maker[value] >= 0 and is_half(graph.avals[value]):
+                graph.bytes[value] *= 2
 
     def _postpone(self, loop: int) -> None:
         """Run matmuls that the loop does not wait for after it, where that frees more, as XLA's list scheduler does."""
@@ -182,6 +192,11 @@ def loop_layout(op: tg.Op) -> Layout | None:
     return None
 
 
+def is_half(aval: Any) -> bool:
+    """Whether a value is an array of 16-bit floats."""
+    return str(getattr(aval, "dtype", "")) in ("bfloat16", "float16")
+
+
 class _Writer:
     """Places one computation's stored values as buffers."""
 
@@ -204,6 +219,8 @@ class _Writer:
                 if value in fusion.stored and value not in fusion.direct:
                     self._value(index, op, value)
         self._hoist_casts(loops)
+        if fusion.rules.widens_halves:
+            self._hoist_widening(loops)
 
     def _when(self, index: int, *, late: bool = False) -> int:
         if index >= len(self.graph.ops) or index < 0:
@@ -239,9 +256,10 @@ class _Writer:
         """An output has its own allocation; it takes over the buffer of an equal temporary that dies in it."""
 
     def _dying_operand(self, index: int, op: tg.Op, value: int) -> Buffer | None:
-        if op.name not in ELEMENTWISE and op.name not in UPDATES:
-            return None
         size, fusion = self.graph.bytes[value], self.fusion
+        alone = fusion.rules.fuses_into_matmuls and index not in fusion.absorbed
+        if op.name not in UPDATES and (alone or op.name not in ELEMENTWISE):
+            return None
         for operand in op.ins if op.name in ELEMENTWISE else op.ins[:1]:
             base = fusion.base[operand] if operand >= 0 else FREE
             found = self.buffer.get(base)
@@ -311,3 +329,17 @@ class _Writer:
                     spans[value] = min(low, self.span[index][0]), max(high, self.span[index][1])
         for value, (low, high) in spans.items():
             self.out.append(Buffer(self.graph.bytes[value] // 2, low, high, high, (self.run, value)))
+
+    def _hoist_widening(self, loops: list[int]) -> None:
+        """XLA:CPU casts what a loop reads in half precision before it, one after another: what is read last dies."""
+        for index in loops:
+            op, layout = self.graph.ops[index], loop_layout(self.graph.ops[index])
+            low, high = self.span[index]
+            carries = op.ins[layout.consts : layout.consts + layout.carried]
+            for value in set(op.ins) - set(carries) - {-1}:
+                if not is_half(self.graph.avals[value]):
+                    continue
+                self.out.append(Buffer(2 * self.graph.bytes[value], low, high, high, (self.run, value)))
+                held = self.buffer.get(value)
+                if held is not None and held.end == high and self.fusion.until(value) == index:
+                    held.end = held.first_end = max(held.start, low - 1)
