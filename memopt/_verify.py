@@ -212,7 +212,20 @@ def log_plan(program: Program, reasons: list[str]) -> None:
 def budget_error(program: Program, index: int, smallest_peak_bytes: int) -> BudgetError:
     """Return the error that no plan fits, with what is alive at the smallest peak, and what would help."""
     assert program.budget_bytes is not None
-    return BudgetError(program.budget_bytes, smallest_peak_bytes, _alive(program, index), donation_advice(program))
+    advice = _compiler_advice(program, index, smallest_peak_bytes) + donation_advice(program)
+    return BudgetError(program.budget_bytes, smallest_peak_bytes, _alive(program, index), advice)
+
+
+def _compiler_advice(program: Program, index: int, peak_bytes: int) -> list[str]:
+    """Say where XLA:CPU, which does not order what stands outside loops for memory, is what misses the budget."""
+    predicted = program.ladder.rungs[index].predicted_peak_bytes
+    if program.settings.target.platform != "cpu" or peak_bytes <= _PREDICTION_SLACK * predicted:
+        return []
+    return [
+        f"Plan for the device that is to run the step (target=...): XLA:CPU took {format_bytes(peak_bytes)} for a plan "
+        f"predicted at {format_bytes(predicted)}, because outside loops it does not order operations to save memory. "
+        "On the CPU, scan over the layers, or accept the plan by verify=False."
+    ]
 
 
 def _alive(program: Program, index: int) -> list[str]:
