@@ -24,12 +24,13 @@ _HOT = 0.5  # segments that hold less than this share of the peak's temporaries 
 _SWEEP = tuple(np.geomspace(5e-4, 2.0, 9))  # prices tried, in units of the step's seconds per byte of its temporaries
 _REFINEMENTS = 6  # prices tried between two of these
 _KEPT = 1e9  # what the cost of repeating is multiplied by, of what a plan must keep
-_NARROW = 0.003  # gaps between neighbours below this share of the plain peak are not filled
+_NARROW = 0.004  # gaps between neighbours below this share of the smaller peak are not filled
+_FREE = 0.1  # weight of a gap in which no matmul FLOPs are at stake
 _STEEP = 8  # power of a segment's share of the peak by which its price falls
 _DEAR = 0.1  # share of a plan's repeated FLOPs from which one operation's are looked at by themselves
-_DEAREST = 3  # how many of those
-_FILLS, _LEAST_FILLS = 40, 8  # plans tried between neighbours on the hull, and for the longest steps
-_FILLED = 100_000  # operations built for them in all
+_DEAREST, _TRIED = 2, 5_000  # how many of those: at least, and times the operations of the step
+_FILLS, _LEAST_FILLS = 40, 6  # plans tried between neighbours on the hull, and for the longest steps
+_FILLED = 60_000  # operations built for them in all
 _BISECTIONS = 10  # prices tried for one cut with varied costs
 _VARIED = 0.5  # standard deviation of the logarithm of a varied cost
 
@@ -162,22 +163,21 @@ class Search:
         Where memory binds in many segments alike, the price asks for bytes there that lower no peak.
         """
         for rung in self._hull():
-            for choice in self._kept_again(self.plain, rung, _DEAR * rung.recompute_flops):
+            for choice in self._kept_again(rung, _DEAR * rung.recompute_flops):
                 self.score(choice, rung.price)
 
-    def _kept_again(self, above: Rung, below: Rung, least_flops: float = 0.0) -> list[Choice]:
-        """Return the plan below without the repeats of one operation that the plan above keeps, the dearest first."""
+    def _kept_again(self, rung: Rung, least_flops: float = 0.0) -> list[Choice]:
+        """Return the plan without the repeats of one operation, the dearest first."""
         runs: dict[int, float] = {}
-        for (op, place), first in _segments.chains(self.survey.graph, below.choice.repeats).items():
+        for (op, place), first in _segments.chains(self.survey.graph, rung.choice.repeats).items():
             if place == first and op not in self.always:
                 trips = self.survey.region_of_bin[place].trips
                 runs[op] = runs.get(op, 0.0) + trips * _cost.matmul_flops(self.survey.graph.ops[op].eqn)
-        kept = {op for ops in above.choice.repeats.values() for op in ops}
-        dear = sorted((-flops, op) for op, flops in runs.items() if flops > least_flops and op not in kept)
+        dear = sorted((-flops, op) for op, flops in runs.items() if flops > least_flops)
         found = []
-        for _, op in dear[:_DEAREST]:
-            repeats = {place: ops - {op} for place, ops in below.choice.repeats.items()}
-            found.append(Choice({place: ops for place, ops in repeats.items() if ops}, below.choice.stores))
+        for _, op in dear[: max(_DEAREST, _TRIED // len(self.survey.graph.ops))]:
+            repeats = {place: ops - {op} for place, ops in rung.choice.repeats.items()}
+            found.append(Choice({place: ops for place, ops in repeats.items() if ops}, rung.choice.stores))
         return found
 
     def fill(self) -> None:
@@ -189,16 +189,15 @@ class Search:
         """
         random = np.random.default_rng(0)
         tried: set[Any] = set()
-        narrow = _NARROW * self.plain.predicted_peak_bytes
         most = len(self.seen) + max(_LEAST_FILLS, min(_FILLS, _FILLED // max(1, len(self.survey.graph.ops))))
         while len(self.seen) < most:
             rungs = [self.plain] * (not self.always) + self._hull()
-            wide = [pair for pair in zip(rungs, rungs[1:], strict=False) if _bytes_between(*pair) > narrow]
+            wide = [pair for pair in zip(rungs, rungs[1:], strict=False) if _is_wide(pair)]
             gap = max((p for p in wide if (id(p[0]), id(p[1])) not in tried), key=_between, default=None)
             if gap is None:
                 break
             tried.add((id(gap[0]), id(gap[1])))
-            for choice in [*_mixtures(gap[0].choice, gap[1].choice, self.always), *self._kept_again(*gap)]:
+            for choice in [*_mixtures(gap[0].choice, gap[1].choice, self.always), *self._kept_again(gap[1])]:
                 self.score(choice)
             self._vary(gap, random)
 
@@ -248,9 +247,14 @@ def _bytes_between(above: Rung, below: Rung) -> int:
     return above.predicted_peak_bytes - below.predicted_peak_bytes
 
 
+def _is_wide(gap: tuple[Rung, Rung]) -> bool:
+    return _bytes_between(*gap) > _NARROW * gap[1].predicted_peak_bytes
+
+
 def _between(gap: tuple[Rung, Rung]) -> float:
     """What a plan between two neighbours could save at most: bytes for seconds."""
-    return _bytes_between(*gap) * (gap[1].seconds - gap[0].seconds)
+    free = gap[1].recompute_flops <= gap[0].recompute_flops
+    return _bytes_between(*gap) * (gap[1].seconds - gap[0].seconds) * (_FREE if free else 1.0)
 
 
 def _mixtures(one: Choice, other: Choice, always: Set[int]) -> list[Choice]:

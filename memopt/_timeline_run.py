@@ -20,6 +20,8 @@ from memopt._fusion import ELEMENTWISE, FREE, MATMULS, UPDATES, Fusion, Rules
 from memopt._timeline_heap import Buffer, live_bytes
 
 LOOPS = frozenset({"scan", "while"})
+_FLOAT32 = np.dtype(np.float32)
+_HALF = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
 
 
 class Run:
@@ -89,13 +91,13 @@ class Run:
     def narrowed(self, value: int) -> bool:
         """Whether every reader of a float32 value turns it into bfloat16."""
         graph = self.graph
-        if str(getattr(graph.avals[value], "dtype", "")) != "float32" or not graph.uses[value]:
+        if getattr(graph.avals[value], "dtype", "") != _FLOAT32 or not graph.uses[value]:
             return False
         return all(self._narrows(r, value) for r in graph.uses[value])
 
     def narrowed_by(self, index: int, value: int) -> bool:
         """Whether one reader turns a float32 value into bfloat16."""
-        return str(getattr(self.graph.avals[value], "dtype", "")) == "float32" and self._narrows(index, value)
+        return getattr(self.graph.avals[value], "dtype", "") == _FLOAT32 and self._narrows(index, value)
 
     def _narrows(self, index: int, value: int) -> bool:
         op = self.graph.ops[index]
@@ -194,7 +196,7 @@ def loop_layout(op: tg.Op) -> Layout | None:
 
 def is_half(aval: Any) -> bool:
     """Whether a value is an array of 16-bit floats."""
-    return str(getattr(aval, "dtype", "")) in ("bfloat16", "float16")
+    return getattr(aval, "dtype", "") in _HALF
 
 
 class _Writer:
