@@ -97,9 +97,15 @@ def hand_row(case: Case, policy: str | None) -> dict[str, Any]:
     if not memory.fits and case.larger_target:
         memory = memopt.measure(step, *args, target=case.larger_target, **options)
         row = {"target": case.larger_target, "note": f"compiled on {case.larger_target}"}
-    explanation = memopt.explain(step, *args, target=case.target, **options)
-    row |= {"flops": step_flops(step, args, options), "predicted_peak_bytes": explanation.peak_bytes}
-    return row | _figures(memory)
+    return row | {"flops": step_flops(step, args, options)} | _figures(memory)
+
+
+def predicted(case: Case, policy: str | None, target: str) -> dict[str, int]:
+    """Return what memopt predicts of the plain step or one with a policy; made anew for finished rows as well."""
+    import memopt
+
+    step, args, options = case.build(policy)
+    return {"predicted_peak_bytes": memopt.explain(step, *args, target=target, **options).peak_bytes}
 
 
 def memopt_row(case: Case, budget_bytes: int, target: str) -> dict[str, Any]:
@@ -149,6 +155,7 @@ def sweep(case: Case, wanted: Sequence[str], cache: _report.Cache) -> Iterator[d
     for policy in (None, *POLICIES):
         name = policy or "plain"
         found[name] = _cached(case, name, cache, functools.partial(hand_row, case, policy))
+        found[name] |= predicted(case, policy, found[name]["target"])
         yield found[name] | _share(found, name)
     for name, (budget_bytes, target) in budgets(found).items():
         if not wanted or name.rstrip("0123456789") in wanted:

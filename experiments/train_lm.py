@@ -120,17 +120,22 @@ def make_step(role: str, budget_bytes: int | None) -> Any:
 
 def rss_bytes() -> int:
     """Return the resident memory of this process now, or its highest so far where the system tells no more."""
-    try:
-        pages = int(pathlib.Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return peak_rss_bytes()
-    return pages * resource.getpagesize()
+    return _resident_bytes() or peak_rss_bytes()
 
 
 def peak_rss_bytes() -> int:
-    """Return the highest resident memory of this process so far."""
+    """Return the highest resident memory of this process so far; the kernel notes it a little late."""
     scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale, _resident_bytes())
+
+
+def _resident_bytes() -> int:
+    """Return what the kernel says of this process now, 0 where it does not."""
+    try:
+        pages = int(pathlib.Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return 0
+    return pages * resource.getpagesize()
 
 
 def train(settings: Settings, step: Callable[..., Any], label: str) -> tuple[dict[str, Any], Any]:

@@ -1,6 +1,7 @@
-"""Pareto and sweep judge rows rightly and continue where they stopped."""
+"""Pareto, sweep and fits judge rows rightly and continue where they stopped."""
 
 import _report
+import fits
 import pareto
 import pytest
 import sweep
@@ -80,3 +81,11 @@ def swept(budget, peak, flops):
 def test_a_sweep_is_judged(rows, words):
     found = sweep.violations(rows)
     assert (found == []) if words is None else (len(found) == 1 and words in found[0])
+
+
+@pytest.mark.parametrize(
+    "peak_bytes, limit_bytes, names",
+    [(10, 16, []), (17, 16, ["s does not fit 16 B"]), (None, 16, ["s does not fit 16 B"])],
+)
+def test_what_does_not_fit_is_named(peak_bytes, limit_bytes, names):
+    assert fits.misses([{"step": "s", "peak_bytes": peak_bytes, "limit_bytes": limit_bytes}]) == names
