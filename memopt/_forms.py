@@ -1,80 +1,165 @@
-"""The wardrobe: the operations that put a value into another form, and back.
+"""The cloakroom: other forms of values, traced once, and the rule for who may read them back.
 
-In: a `Store` and the value's type. Out: its `encode` and `decode` as equations without calls, traced once for each type,
-and copies of them over given variables. It places nothing and chooses nothing.
+In: a graph and the `Store`s chosen for its values. Out: for each stored value its `Form` (encode and decode as flat
+jaxprs), their equations over fresh variables wherever the builders want them, and which readers take a decoded value.
+It places nothing and chooses nothing.
+
+The rule: what is exact (`error` 0) may be decoded for every reader in a later place. What is lossy is decoded for the
+backward pass alone, which is what JAX transposed: `transpose` stands before `jvp` in the transforms of an operation's
+name stack, its loops' included. Dataflow cannot tell it: the gradient of a loss does not read the loss. Every other
+reader gets the value itself, and never a repeat that starts from a lossy form, directly or through other repeats. So
+losses, metrics and running statistics are those of the plain step, and only gradients, and what is made of them, carry
+the error. An operation that JAX did not mark, such as a gradient written by hand, counts as forward.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+import dataclasses
+import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from memopt import _compat as c
-from memopt import _inline, _pairs
+from memopt import _graph as g
+from memopt import _inline
 from memopt._contract import Store
 
 
-def encode(store: Store, var: Any, like: Any, eqns: list[Any]) -> list[Any]:
-    """Emit the encoding of a variable, with the source information of another equation; return its leaves."""
-    return _emit(_traced(store, var.aval)[0], [var], like, eqns)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Form:
+    """A traced `Store`.
 
-
-def decode(store: Store, aval: Any, leaves: Sequence[Any], like: Any, eqns: list[Any]) -> Any:
-    """Emit the decoding of the leaves into a value of this type; return its variable."""
-    (out,) = _emit(_traced(store, aval)[1], leaves, like, eqns)
-    if isinstance(out, c.Literal) or bool(getattr(out.aval, "weak_type", False)) != aval.weak_type:
-        params = {"new_dtype": aval.dtype, "weak_type": aval.weak_type, "sharding": None}
-        eqn, out = _pairs.op(jax.lax.convert_element_type_p, [out], aval, like, **params)
-        eqns.append(eqn)
-    return out
-
-
-def problem(aval: Any) -> str | None:
-    """Say why values of this type cannot be kept in another form; None where they can."""
-    if type(aval) is not c.ShapedArray or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
-        return "it is no plain array"
-    return "it differs between the devices of a `shard_map`" if c.vma(aval) else None
-
-
-def _traced(store: Store, aval: Any) -> tuple[Any, Any]:
-    return _trace(store.encode, store.decode, store.name, tuple(aval.shape), np.dtype(aval.dtype))
-
-
-@functools.lru_cache(maxsize=1024)
-def _trace(
-    encode: Callable[[Any], Any], decode: Callable[[Any], Any], name: str, shape: tuple[int, ...], dtype: np.dtype
-) -> tuple[Any, Any]:
-    """Return both functions as inlined closed jaxprs over leaves."""
-    value = jax.ShapeDtypeStruct(shape, dtype)
-    made, form = jax.make_jaxpr(encode, return_shape=True)(value)
-    leaves, tree = jax.tree_util.tree_flatten(form)
-    back = jax.make_jaxpr(lambda *xs: decode(jax.tree_util.tree_unflatten(tree, xs)))(*leaves)
-    found = [(tuple(a.shape), np.dtype(a.dtype)) for a in back.out_avals]
-    if found != [(shape, dtype)]:
-        text = ", ".join(f"{d}{list(s)}" for s, d in found) or "nothing"
-        raise ValueError(f"The form {name!r} decodes {dtype}{list(shape)} to {text}: it must give the same type back.")
-    if made.effects or back.effects:
-        raise ValueError(f"The form {name!r} has effects: encode and decode must be pure functions of arrays.")
-    return _inline.inline(made), _inline.inline(back)
-
-
-def _emit(closed: Any, operands: Sequence[Any], like: Any, eqns: list[Any]) -> list[Any]:
-    """Append the equations of a jaxpr over these operands, all variables fresh; return what it returns.
-
-    Constants become literals, so that the equations can stand in any body.
+    Attributes:
+      encode: open jaxpr without constants, of the value; its outputs are the encoded leaves.
+      decode: one of the leaves; its output is the value again.
+      lossy: whether the decoded value may differ.
     """
-    jaxpr = _pairs.fresh(c.open_jaxpr(closed))
-    consts = [c.Literal(np.asarray(x), v.aval) for v, x in zip(jaxpr.constvars, c.jaxpr_consts(closed), strict=True)]
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *operands), strict=True))
+
+    encode: Any
+    decode: Any
+    lossy: bool
+
+
+_TRACED: weakref.WeakKeyDictionary[g.Graph, dict[int, tuple[Store, Form]]] = weakref.WeakKeyDictionary()
+
+
+class Forms:
+    """The forms of one plan.
+
+    Args:
+      graph: the step.
+      stores: value -> the form that it is kept in.
+      repeated: the operations that the plan runs again anywhere.
+    """
+
+    def __init__(self, graph: g.Graph, stores: Mapping[int, Store], repeated: frozenset[int]):
+        self.graph = graph
+        self.of = {value: _traced(graph, store) for value, store in stores.items()}
+        self.lossy_repeats: set[int] = set()  # operations whose repeats start from a lossy form
+        if any(form.lossy for form in self.of.values()):
+            for op in sorted(repeated):
+                if any(self._is_lossy(v) for v in graph.ops[op].inputs if v is not None):
+                    self.lossy_repeats.add(op)
+        self._backward: dict[int, bool] = {}
+
+    def _is_lossy(self, value: int) -> bool:
+        maker = self.graph.values[value].op
+        stored = value in self.of and self.of[value].lossy
+        return stored or (maker is not None and maker.id in self.lossy_repeats)
+
+    def may_repeat(self, op: g.Op, reader: g.Op | None) -> bool:
+        """Say whether a reader may take the result of this operation's repeat."""
+        return op.id not in self.lossy_repeats or self.is_backward(reader)
+
+    def for_reader(self, value: int, reader: g.Op | None) -> Form | None:
+        """Return the form that a reader decodes a value from; None where it reads the value itself."""
+        form = self.of.get(value)
+        return form if form is not None and (not form.lossy or self.is_backward(reader)) else None
+
+    def is_backward(self, op: g.Op | None) -> bool:
+        """Say whether an operation, and all that are one with it, are of the backward pass; the step's outputs not."""
+        if op is None:
+            return False
+        if op.id not in self._backward:
+            places = [(op.region, op.eqn), *op.twins]
+            self._backward[op.id] = all(self._is_transposed(region, eqn) for region, eqn in places)
+        return self._backward[op.id]
+
+    def _is_transposed(self, region: int, eqn: Any) -> bool:
+        names = [*self._around(region), *c.transforms(eqn)]
+        return next((name for name in names if name in ("jvp", "transpose")), None) == "transpose"
+
+    def _around(self, region: int) -> list[str]:
+        loop = self.graph.regions[region].op
+        return [] if loop is None else [*self._around(loop.region), *c.transforms(loop.eqn)]
+
+
+def emit(jaxpr: Any, operands: Sequence[Any], like: Any) -> tuple[list[Any], list[Any]]:
+    """Return a jaxpr's equations over these operands, every other variable a new one, and its results.
+
+    Args:
+      jaxpr: open jaxpr without constants.
+      operands: a variable or literal for each input.
+      like: an equation whose name stack they get, or None.
+    """
+    env = dict(zip(jaxpr.invars, operands, strict=True))
+    eqns = []
     for eqn in jaxpr.eqns:
-        new = c.replace_eqn(eqn, invars=[_read(env, v) for v in eqn.invars])
-        eqns.append(new.replace(source_info=like.source_info))
-    return [_read(env, v) for v in jaxpr.outvars]
+        invars = [v if isinstance(v, c.Literal) else env[v] for v in eqn.invars]
+        outvars = [v if isinstance(v, c.DropVar) else c.Var(v.aval) for v in eqn.outvars]
+        env.update(zip(eqn.outvars, outvars, strict=True))
+        new = c.replace_eqn(eqn, invars=invars, outvars=outvars)
+        eqns.append(new if like is None else c.with_name(new, c.name_stack(like)))
+    return eqns, [v if isinstance(v, c.Literal) else env[v] for v in jaxpr.outvars]
 
 
-def _read(env: dict[Any, Any], atom: Any) -> Any:
-    return atom if isinstance(atom, c.Literal) else env.get(atom, atom)
+def refusal(graph: g.Graph, store: Store) -> str | None:
+    """Return why a value cannot be kept in another form, or None where it can."""
+    item = graph.values[store.value]
+    if item.kind not in (g.MADE, g.CARRY_IN):
+        return "it is read from an argument that is there anyway"
+    if not c.guardable(item.var):
+        return "it is no array"
+    if c.is_local(item.aval):
+        return "it is one device's part of a sharded value"
+    return None
+
+
+def _traced(graph: g.Graph, store: Store) -> Form:
+    known = _TRACED.setdefault(graph, {})
+    if id(store) not in known:
+        known[id(store)] = store, _trace(store, graph.values[store.value].aval)
+    return known[id(store)][1]
+
+
+def _trace(store: Store, aval: Any) -> Form:
+    """Trace both functions.
+
+    Raises:
+      ValueError: they have effects, or do not give back the value's shape and dtype.
+    """
+    value = jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
+    encode, leaves = jax.make_jaxpr(store.encode, return_shape=True)(value)
+    decode, back = jax.make_jaxpr(store.decode, return_shape=True)(leaves)
+    if encode.effects or decode.effects:
+        raise ValueError(f"The form {store.name!r} has effects: encode and decode have to be pure.")
+    if getattr(back, "shape", None) != aval.shape or back.dtype != aval.dtype:
+        raise ValueError(f"The form {store.name!r} decodes {aval.str_short()} to {back}: it has to give back the same.")
+    return Form(_flat(encode), _flat(decode), store.error > 0.0)
+
+
+def _flat(closed: Any) -> Any:
+    """Return an open jaxpr without plain calls, dead code and constants: they become literals."""
+    flat = _inline.inline(closed)
+    base, _ = c.dce(flat)
+    consts = zip(base.constvars, c.jaxpr_consts(flat), strict=True)
+    known = {var: c.Literal(np.asarray(value), var.aval) for var, value in consts}
+
+    def new(atoms: Sequence[Any]) -> list[Any]:
+        return [v if isinstance(v, c.Literal) else known.get(v, v) for v in atoms]
+
+    eqns = [c.replace_eqn(eqn, invars=new(eqn.invars)) for eqn in base.eqns]
+    return c.rebuild(base, constvars=[], eqns=eqns, outvars=new(base.outvars))
