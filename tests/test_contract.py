@@ -146,6 +146,14 @@ def test_a_saved_plan_stores_again():
     assert again.predicted_peak_bytes == ladder.rungs[-1].predicted_peak_bytes
 
 
+def test_a_plan_shows_forms_and_errors():
+    cases = (scanned, Rounded(), "int16", "error of at most 0.001"), (gated, Bits(), "bits", "exactly")
+    for fn, one, choice, says in cases:
+        ladder = planned(fn, one)
+        rows = [d for d in ladder.plan(len(ladder.rungs) - 1).decisions if d.choice == choice]
+        assert rows and all(says in d.reason for d in rows)
+
+
 def test_a_form_that_gives_back_another_type_is_refused():
     survey = forced.survey_of(traced(scanned))
     value = next(op for op in survey.graph.ops if op.eqn.primitive.name == "sin").outputs[0]
