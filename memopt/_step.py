@@ -105,7 +105,7 @@ class Step:
         forms = {(store.value, store.name): store for store in self.stores}
         missing = sorted({name for value, name in plan.stores.items() if (value, name) not in forms})
         if missing:
-            raise ValueError(f"The saved plan stores a value as {missing[0]!r}, which no pass proposes now. Plan again.")
+            raise ValueError(f"The saved plan stores a value as {missing[0]!r}, which no pass proposes. Plan again.")
         repeats = {place: frozenset(ops) for place, ops in plan.repeats.items()}
         return Choice(repeats, {value: forms[value, name] for value, name in plan.stores.items()})
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memopt import _apply, _cost
+from memopt import _apply, _cost, _forms
 from memopt import _compat as c
 from memopt._contract import Store
 from memopt._plan import Plan
@@ -115,6 +115,20 @@ def test_a_lossy_form_changes_gradients_alone(fn):
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
     error = np.linalg.norm(got[1] - want[1]) / np.linalg.norm(want[1])
     assert 0.0 < error < 1e-2
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("fn", [unrolled, scanned, nested])
+def test_no_forward_result_reads_a_lossy_form(fn, share):
+    survey = forced.survey_of(traced(fn))
+    rng = np.random.default_rng(1)
+    lost = {v.id: Store(v.id, 0.0, 1, lambda x: x, lambda x: x * 0, error=1.0) for v in survey.graph.values}
+    lost = {v: store for v, store in lost.items() if _forms.refusal(survey.graph, store) is None}
+    repeats = {p: frozenset(o for o in ops if rng.random() < share) for p, ops in forced.repeatable(survey).items()}
+    new, _ = _apply.apply(survey.graph, repeats, lost)
+    want, got = (jax.jit(c.as_function(x))(*arguments()) for x in (traced(fn), new))
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
+    assert np.linalg.norm(got[1] - want[1]) > 0.5 * np.linalg.norm(want[1])
 
 
 def test_an_exact_form_changes_nothing():
