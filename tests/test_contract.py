@@ -128,7 +128,8 @@ def test_no_forward_result_reads_a_lossy_form(fn, share):
     new, _ = _apply.apply(survey.graph, repeats, lost)
     want, got = (jax.jit(c.as_function(x))(*arguments()) for x in (traced(fn), new))
     np.testing.assert_allclose(got[0], want[0], rtol=1e-6)
-    assert np.linalg.norm(got[1] - want[1]) > 0.5 * np.linalg.norm(want[1])
+    if share < 1.0:  # with all repeated, nothing that is stored has to be read back
+        assert np.linalg.norm(got[1] - want[1]) > 0.5 * np.linalg.norm(want[1])
 
 
 def test_an_exact_form_changes_nothing():
