@@ -148,6 +148,11 @@ def name_stack(eqn: JaxprEqn) -> Any:
     return eqn.source_info.name_stack
 
 
+def transforms(eqn: JaxprEqn) -> list[str]:
+    """Return the names of the transforms in an equation's name stack, outermost first: `jvp`, `transpose`, `vmap`."""
+    return [part.name for part in name_stack(eqn).stack if isinstance(part, _siu.Transform)]
+
+
 def user_source(eqn: JaxprEqn) -> str:
     """Return `file:line (function)` of the user's code that made an equation, or an empty string."""
     return _siu.summarize(eqn.source_info)
@@ -162,6 +167,12 @@ def vma(aval: Any) -> frozenset:
     """Return the mesh axes that a value of a `shard_map` body varies over; a barrier takes values of one such set."""
     manual = getattr(aval, "mat", None)
     return frozenset(getattr(aval, "vma", ())) if manual is None else frozenset(manual.varying)
+
+
+def is_local(aval: Any) -> bool:
+    """Say whether a type tells of a mesh: it varies over axes, or its sharding is explicit or manual."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return bool(vma(aval)) or not (mesh is None or mesh.empty or mesh.are_all_axes_auto)
 
 
 def barrier_eqn(invars: Sequence[Any], like: JaxprEqn) -> tuple[JaxprEqn, list[Var]]:
