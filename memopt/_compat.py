@@ -120,12 +120,27 @@ def replace_eqn(eqn: JaxprEqn, *, invars=None, outvars=None, params=None, effect
     )
 
 
-def with_name(eqn: JaxprEqn, prefix: Any) -> JaxprEqn:
-    """Return the equation with the name stack of an enclosing equation put before its own."""
-    if not prefix.stack:
-        return eqn
+def called_from(eqn: JaxprEqn, call: Any) -> Any:
+    """Return the source information of an equation inside a call whose own is `call`; None stands for no call.
+
+    The call's name stack is put before the equation's own. JAX cuts the traceback of an equation at the `jit` around
+    it, so where no line of it is the user's (the inside of `jax.nn.log_softmax`), the call's traceback stands in.
+    """
     info = eqn.source_info
-    return eqn.replace(source_info=info.replace(name_stack=prefix + info.name_stack))
+    if call is None:
+        return info
+    traceback = info.traceback if _is_users(info.traceback) else call.traceback
+    return info.replace(name_stack=call.name_stack + info.name_stack, traceback=traceback)
+
+
+def with_source(eqn: JaxprEqn, info: Any) -> JaxprEqn:
+    """Return the equation with other source information."""
+    return eqn.replace(source_info=info)
+
+
+def _is_users(traceback: Any) -> bool:
+    """Say whether a line of the user's code stands in a traceback."""
+    return traceback is not None and any(_siu.is_user_filename(c.co_filename) for c in traceback.raw_frames()[0])
 
 
 def name_stack(eqn: JaxprEqn) -> Any:

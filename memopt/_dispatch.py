@@ -55,8 +55,14 @@ class Core:
         if latest is not None and latest.run is not None and signature.same_program(latest.signature):
             signature.leaves = []  # no hold on the arrays
             latest.signature = signature
-            return latest.run(*args, **kwargs)
-        return self._first_call(signature, args, kwargs)(*args, **kwargs)
+            run = latest.run
+        else:
+            run = self._first_call(signature, args, kwargs)
+        try:
+            return run(*args, **kwargs)
+        except (RuntimeError, ValueError) as error:
+            _explain_deleted(getattr(self.fn, "__name__", "the step"), error, args, kwargs)
+            raise
 
     def _run_plain(self, args: tuple, kwargs: dict) -> Any:
         if not self.pure and _nnx.has_objects((args, kwargs)):
@@ -173,6 +179,19 @@ class Core:
     def lowered(self, *args: Any, **kwargs: Any) -> Any:
         """Return JAX's `Lowered` of the rewritten step, planned and not compiled."""
         return lower_rung(self.planned(*args, **kwargs), args, kwargs)
+
+
+def _explain_deleted(name: str, error: Exception, args: tuple, kwargs: dict) -> None:
+    """Raise an error that names the deleted array, where a call failed because one was given to it."""
+    if "deleted" not in str(error):
+        return
+    for (place, *rest), leaf in jax.tree_util.tree_leaves_with_path((args, kwargs)):
+        if isinstance(leaf, jax.Array) and leaf.is_deleted():
+            path = ("args" if place.idx == 0 else "kwargs") + jax.tree_util.keystr(tuple(rest))
+            raise (ValueError if isinstance(error, ValueError) else RuntimeError)(
+                f"{path} of {name}, {leaf.aval.str_short()}, is deleted: it was donated to an earlier call. Pass what "
+                "that call returned in its place, or do not donate the argument."
+            ) from error
 
 
 def is_disabled() -> bool:

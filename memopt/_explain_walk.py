@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -153,10 +155,10 @@ class Walk:
         return once * min(body.trips, SHOWN_TRIPS)
 
     def _body(self, eqn: Any, timeline: Any) -> Walk:
-        length = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        bodies = [c.open_jaxpr(body) for _, _, body in c.subjaxprs(eqn.params)]
-        body = next((b for b in bodies if len(b.eqns) == len(timeline.usage)), bodies[0])
-        return Walk(body, timeline, _join(self.stack, str(c.name_stack(eqn))), length, self._in_backward(eqn))
+        around = _around(eqn, timeline.body)
+        length = math.prod(e.params["length"] for e in around if e.primitive.name == "scan")
+        stack = functools.reduce(_join, [str(c.name_stack(e)) for e in around], self.stack)
+        return Walk(timeline.body, timeline, stack, length, self._in_backward(eqn))
 
     def is_residual(self, item: Any) -> bool:
         """Whether a value is made by the forward pass and read by the backward pass."""
@@ -258,6 +260,17 @@ def _last_reader(eqn: Any, var: Any) -> tuple[Any, Any] | None:
     body = c.open_jaxpr(eqn.params["jaxpr"])
     readers = [e for e in body.eqns if any(v is body.invars[place] for v in e.invars)]
     return (readers[-1], body.invars[place]) if readers else None
+
+
+def _around(eqn: Any, body: Any) -> list[Any]:
+    """Return the equations around a body, from `eqn` inwards: a loop may stand inside a `shard_map` or a call."""
+    for _, _, sub in c.subjaxprs(eqn.params):
+        if c.open_jaxpr(sub) is body:
+            return [eqn]
+        for inner in c.open_jaxpr(sub).eqns:
+            if found := _around(inner, body):
+                return [eqn, *found]
+    return []
 
 
 def _join(outer: str, inner: str) -> str:

@@ -49,19 +49,22 @@ class Rules:
         kernel, so that only `x - max` is stored, in the wider type.
       repeats_softmax: whether exponentials are computed again in each matmul that reads them: "always", "fused" (only
         behind such a kernel) or "never".
+      widens_halves: bfloat16 and float16 are computed in float32: what matmuls read and make is stored wide, and what a
+        loop's body reads is cast as a whole before the loop (CPU).
     """
 
     narrows_matmul_operands: bool
     fuses_into_matmuls: bool
     softmax_row: int
     repeats_softmax: str = "always"
+    widens_halves: bool = False
 
 
 RULES = {
     "tpu": Rules(True, True, 1024),
     "tpu:v5p": Rules(True, True, 1024, "never"),
     "tpu:v6e": Rules(True, True, 1024, "fused"),
-    "cpu": Rules(False, False, 0),
+    "cpu": Rules(False, False, 0, widens_halves=True),
     "gpu": Rules(False, False, 0),
 }
 
@@ -89,6 +92,8 @@ def materialised(jaxpr: Any, platform: str) -> set[Any]:
 _ERRORS = frozenset({"erf", "erfc", "erf_inv"})
 _QUOTIENTS = frozenset({"exp", "exp2", "logistic"})
 FREE, INFINITE = -1, 1 << 60
+#: How many operations a kernel that nothing waits for is put off by at most.
+_PATIENCE = 64
 
 
 class Fusion:
@@ -117,6 +122,7 @@ class Fusion:
         self.late: list[int] = [-1] * len(graph.avals)
         self.made: dict[int, int] = {}
         self.absorbed: dict[int, int] = {}
+        self.runs: dict[int, int] = {}  # when a matmul runs that is computed in its reader's kernel
         self.all_out: list[bool] = [False] * len(graph.avals)
         self.end = len(graph.ops)
         self.outputs = {v for v in graph.outputs if v >= 0}
@@ -144,6 +150,8 @@ class Fusion:
             if op.name in ELEMENTWISE:
                 self._base_of(op, index)
                 when = max((self.ready[v] for v in op.ins if v >= 0), default=-1)
+                if not graph.forced.isdisjoint(op.ins):  # it may stand behind the barrier
+                    when = index
             elif self._is_one_hot(op):
                 base[op.outs[0]] = FREE
             for value in op.outs:
@@ -161,7 +169,7 @@ class Fusion:
             elif len(found) == 1 and graph.bytes[next(iter(found))] <= size:
                 base[out] = next(iter(found))
             else:
-                self.mix[out] = tuple(found)
+                self.mix[out] = tuple(sorted({source for v in found for source in self.mix.get(v, (v,))}))
 
     def _ends_softmax(self, op: tg.Op) -> bool:
         """Whether this is `x - max(x)` behind a matmul, which the TPU backend computes in the matmul's kernel."""
@@ -210,6 +218,7 @@ class Fusion:
                     when = max(when, self.last[value])
                     for source in self.mix.get(value, ()):
                         self.late[source] = max(self.late[source], self.late[value])
+            when = max(when, self.runs.get(index, -1))
             for value in op.ins:
                 if value >= 0 and self.base[value] >= 0:
                     self.late[self.base[value]] = max(self.late[self.base[value]], when)
@@ -225,8 +234,8 @@ class Fusion:
             fused = [v for v in op.outs if v not in self.stored or v in self.copies] if through else []
             if any(v in self.stored for v in op.outs) or not through:
                 found.append(reader)
-                last = max(last, reader)
-                need = max([need, *(self.ready[v] for v in op.outs)])
+                last = max(last, self.runs.get(reader, reader))
+                need = max([need, self.runs.get(reader, -1), *(self.ready[v] for v in op.outs)])
                 all_out &= all(v in self.outputs for v in op.outs)
             for v in fused:
                 found += self.roots[v]
@@ -269,19 +278,22 @@ class Fusion:
         if len(mix) > 1 and len(self.roots[value]) > 2:
             return False
         if len(mix) > 1 and all(self.graph.ops[r].name in MATMULS for r in self.roots[value]):
-            return self.graph.ops[self.graph.maker[value]].name != "div"
+            larger = any(self.graph.bytes[b] > self.graph.bytes[value] for b in mix)
+            return not larger and self.graph.ops[self.graph.maker[value]].name != "div"
         return all(self.late[b] >= self.last[value] for b in mix)
 
     def _is_dear(self, value: int) -> bool:
         """Whether `value` holds a function that this backend does not compute again in each matmul that reads it."""
         graph, mode = self.graph, self.rules.repeats_softmax
+        if graph.maker[value] >= 0 and graph.ops[graph.maker[value]].name in _ERRORS:
+            return True
         if graph.maker[value] < 0 or not all(graph.ops[r].name in MATMULS for r in self.roots[value]):
             return False
         row = (getattr(graph.avals[value], "shape", ()) or (1,))[-1]
         mix = self.mix.get(value, (self.base[value],))
         if mode == "always" or row % 128 or (mode == "fused" and mix[0] in self.softmaxes):
-            return self._chain_has(value, _ERRORS)
-        return self._chain_has(value, _ERRORS | _QUOTIENTS)
+            return False
+        return self._chain_has(value, _QUOTIENTS)
 
     def _chain_has(self, value: int, names: frozenset[str], depth: int = 24) -> bool:
         """Whether one of `names` lies between `value` and what it is computed from."""
@@ -323,12 +335,24 @@ class Fusion:
         if op.name in MATMULS or op.name in RANDOM or op.name in REDUCTIONS:
             if self.fused_max.get(value, set()) >= set(self.roots[value]):
                 return False
-            if self.all_out[value] and self._ready_with(value, index):
+            if self.all_out[value] and self._first_in_kernel(self.roots[value][0], index, op):
+                self.runs[index] = self._idle_until(op, max(index, self.need[value]))
                 return False
             roots = self.roots[value]
             if len(roots) == 1 and self._takes(graph.ops[roots[0]], roots[0], index, op):
+                self.runs[index] = max(index, self.need[value])
                 return False
         return True
+
+    def _idle_until(self, op: tg.Op, index: int) -> int:
+        """Return when XLA's scheduler runs a kernel that nothing waits for: before the next that makes as much."""
+        graph = self.graph
+        freed = max((graph.bytes[v] for v in op.ins if v >= 0), default=0)
+        for later in range(index + 1, min(index + _PATIENCE, self.end)):
+            made = [v for v in graph.ops[later].outs if v in self.stored and v not in self.outputs]
+            if any(graph.bytes[v] >= freed for v in made):
+                return later - 1
+        return index
 
     def _takes(self, root: tg.Op, place: int, index: int, op: tg.Op) -> bool:
         """Whether the kernel of `root` can compute this anchor as well: one matmul in a kernel, none below another."""
@@ -336,15 +360,13 @@ class Fusion:
             return self.rules.fuses_into_matmuls or op.name not in MATMULS
         if root.name not in ELEMENTWISE:
             return op.name in RANDOM and root.name in MATMULS
-        if op.name in MATMULS and any(self.ready[v] > index for v in root.outs):
-            return False
-        if op.name in MATMULS and self.absorbed.setdefault(place, index) != index:
-            return False
-        return self.rules.fuses_into_matmuls or op.name not in MATMULS
+        return op.name not in MATMULS or self._first_in_kernel(place, index, op)
 
-    def _ready_with(self, value: int, index: int) -> bool:
-        """Whether all that the readers of `value` need besides it is there when `value` is made."""
-        return self.rules.fuses_into_matmuls and self.need[value] <= index
+    def _first_in_kernel(self, root: int, index: int, op: tg.Op) -> bool:
+        """Whether the kernel of `root` holds no other matmul; in time it is the last that gets there."""
+        if not self.rules.fuses_into_matmuls:
+            return False
+        return op.name not in MATMULS or self.absorbed.setdefault(root, index) == index
 
     # When each stored value is made.
 
@@ -354,7 +376,14 @@ class Fusion:
             for value in op.outs:
                 if value in self.stored:
                     moved = value in self.outputs or index in self.absorbed
+                    moved = moved or self._made_by_matmul(value)
                     self.made[value] = max(self.ready[value], 0) if moved else index
+
+    def _made_by_matmul(self, value: int) -> bool:
+        """Whether a matmul's kernel writes this element-wise function of its result beside the result."""
+        maker = self.graph.maker[self.base[value]] if self.base[value] >= 0 else -1
+        matmul = maker >= 0 and self.graph.ops[maker].name in MATMULS and self.rules.fuses_into_matmuls
+        return matmul and self.ready[value] == maker
 
 
 def _image_bytes(aval: Any) -> int:

@@ -1,10 +1,11 @@
 """The entrance hall: one flat, uniform jaxpr for everything behind it.
 
 In: the closed jaxpr of a traced step. Out: an equivalent closed jaxpr in which `jit`, `remat2` and plain calls are
-inlined (their name stacks joined to the inner ones), at the top level and inside loop, branch and `shard_map` bodies.
-A user's `jax.checkpoint` becomes ordinary equations here, so that the planner sees its region as part of the whole.
-It may not change what is computed, and it leaves atomic what carries a meaning of its own: calls with shardings,
-donation or compiler options, undifferentiated `custom_jvp` and `custom_vjp` calls, kernels.
+inlined, at the top level and inside loop, branch and `shard_map` bodies; a call gives its name stack to the equations
+inside it, and its source line to those that name none of the user's. A user's `jax.checkpoint` becomes ordinary
+equations here, so that the planner sees its region as part of the whole. It may not change what is computed, and it
+leaves atomic what carries a meaning of its own: calls with shardings, donation or compiler options, undifferentiated
+`custom_jvp` and `custom_vjp` calls, kernels.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class _Inliner:
         constvars, consts = list(base.constvars), list(c.jaxpr_consts(closed))
         env: dict[Any, Any] = {}
         eqns: list[Any] = []
-        self._emit(base.eqns, env, eqns, constvars, consts, prefix=None)
+        self._emit(base.eqns, env, eqns, constvars, consts, call=None)
         outvars = [_read(env, v) for v in base.outvars]
         changed = len(eqns) != len(base.eqns) or any(a is not b for a, b in zip(eqns, base.eqns, strict=True))
         out = closed if not changed else c.close(
@@ -73,33 +74,32 @@ class _Inliner:
             return eqn.params["call_jaxpr"]
         return None
 
-    def _emit(self, source, env, eqns, constvars, consts, prefix) -> None:
+    def _emit(self, source, env, eqns, constvars, consts, call) -> None:
         for eqn in source:
             inner = self._inner(eqn)
             if inner is None:
-                eqns.append(self._copied(eqn, env, prefix, constvars, consts))
+                eqns.append(self._copied(eqn, env, call, constvars, consts))
                 continue
-            stack = c.name_stack(eqn) if prefix is None else prefix + c.name_stack(eqn)
             base = c.open_jaxpr(inner)
             local = {v: _read(env, a) for v, a in zip(base.invars, eqn.invars, strict=True)}
             for var, value in zip(base.constvars, c.jaxpr_consts(inner), strict=True):
                 local[var] = _const(constvars, consts, var, value)
-            self._emit(base.eqns, local, eqns, constvars, consts, stack)
+            self._emit(base.eqns, local, eqns, constvars, consts, c.called_from(eqn, call))
             for outer, atom in zip(eqn.outvars, base.outvars, strict=True):
                 env[outer] = _read(local, atom)
 
-    def _copied(self, eqn: Any, env: dict, prefix: Any, constvars: list, consts: list) -> Any:
+    def _copied(self, eqn: Any, env: dict, call: Any, constvars: list, consts: list) -> Any:
         params = self._bodies(eqn)
         if eqn.primitive.name == "scan" and c.jaxpr_consts(params["jaxpr"]):
             eqn, params = _hoisted(eqn, params, constvars, consts)
-        if prefix is None and params is eqn.params and not any(_hit(env, v) for v in eqn.invars):
+        if call is None and params is eqn.params and not any(_hit(env, v) for v in eqn.invars):
             return eqn
         outvars = list(eqn.outvars)
-        if prefix is not None:  # inlined: the same inner jaxpr may come more than once, so its variables are made anew
+        if call is not None:  # inlined: the same inner jaxpr may come more than once, so its variables are made anew
             outvars = [v if isinstance(v, c.DropVar) else c.Var(v.aval) for v in eqn.outvars]
             env.update((a, b) for a, b in zip(eqn.outvars, outvars, strict=True) if a is not b)
         out = c.replace_eqn(eqn, invars=[_read(env, v) for v in eqn.invars], outvars=outvars, params=params)
-        return c.with_name(out, prefix) if prefix is not None else out
+        return out if call is None else c.with_source(out, c.called_from(eqn, call))
 
     def _bodies(self, eqn: Any) -> dict[str, Any]:
         keys = _BODY_KEYS.get(eqn.primitive.name)

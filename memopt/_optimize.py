@@ -17,7 +17,7 @@ from memopt import _nnx
 from memopt._budget import parse_budget, parse_reserve
 from memopt._dispatch import Core, NeedsNnx
 from memopt._measure import Memory
-from memopt._program import Settings
+from memopt._program import Settings, read_passes
 from memopt._signature import JitOptions
 from memopt._target import Target
 
@@ -79,7 +79,7 @@ def optimize(
     Raises:
         ValueError: an unreadable budget or reserve.
         TargetError: an unknown target.
-        TypeError: `fn` is not callable, or is optimized already.
+        TypeError: `fn` is not callable, or is optimized already; passes, plan or overrides of another kind.
         BudgetError: raised by a call: no plan fits.
 
     Example:
@@ -94,7 +94,7 @@ def optimize(
     settings = Settings(
         budget=parse_budget(budget),
         target=Target.parse(target),
-        passes=None if passes is None else tuple(passes),
+        passes=read_passes(passes),
         verify=verify,
         reserve_bytes=parse_reserve(reserve),
         plan=plan,

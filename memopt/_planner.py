@@ -11,8 +11,10 @@ divided into levels (`_split`), where their carries are the memory.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
@@ -106,6 +108,11 @@ def make_ladder(
     Raises:
       ValueError: an override names nothing or asks for something unknown.
     """
+    with _uncollected():
+        return _make_ladder(closed, donated, target, passes, overrides, shardings)
+
+
+def _make_ladder(closed, donated, target, passes, overrides, shardings) -> Ladder:
     start = time.perf_counter()
     step = Step(closed, target, passes, overrides, shardings)
     start += step.compile_seconds
@@ -118,6 +125,18 @@ def make_ladder(
         if other.survey is not None:
             rungs += Search(other, donated, plain).run(refined=False)
     return Ladder([plain, *_search.hull(plain, rungs)], step, time.perf_counter() - start)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector away, which would walk every plan made so far again and again."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _variants(step: Step, plain: Rung, rungs: Sequence[Rung]) -> list[_split.Variant]:

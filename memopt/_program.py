@@ -6,7 +6,7 @@ made when asked for. Which rung runs is decided in `_verify.py`; nothing here co
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from memopt import _planner
 from memopt._budget import Budget
 from memopt._compat import open_jaxpr
 from memopt._local import Shardings, leaf_shardings
+from memopt._plan import Plan
 from memopt._scopes import MARKERS
 from memopt._signature import JitOptions, Signature, Statics
 from memopt._target import Target
@@ -35,6 +36,12 @@ class Settings:
     plan: Any = None
     overrides: Mapping[str, str] | None = None
 
+    def __post_init__(self):
+        if self.plan is not None and not isinstance(self.plan, Plan):
+            raise TypeError(f"plan takes a memopt.Plan, got {self.plan!r}. Read one: memopt.Plan.from_json(text).")
+        if self.overrides is not None and not isinstance(self.overrides, Mapping):
+            raise TypeError(f"overrides takes a mapping such as {{'tanh.0': 'keep'}}, got {self.overrides!r}.")
+
     @property
     def is_plain(self) -> bool:
         """Whether plain `jax.jit` is asked for: no passes, no saved plan and no budget to keep."""
@@ -48,6 +55,20 @@ def make_ladder(closed_jaxpr: Any, donated: Sequence[bool], settings: Settings, 
     if settings.plan is not None:
         return _planner.ladder_of_plan(closed_jaxpr, settings.plan, **common)
     return _planner.make_ladder(closed_jaxpr, overrides=settings.overrides, **common)
+
+
+def read_passes(passes: Any) -> tuple[Any, ...] | None:
+    """Return the passes that a user gave, as a tuple.
+
+    Raises:
+        TypeError: not a list of passes.
+    """
+    if passes is None:
+        return None
+    found = tuple(passes) if isinstance(passes, Iterable) else (None,)
+    if any(not callable(getattr(one, "propose", None)) for one in found):
+        raise TypeError(f"passes takes a list of passes such as [memopt.passes.Remat()], got {passes!r}.")
+    return found
 
 
 def default_passes() -> Sequence[Any]:

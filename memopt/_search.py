@@ -9,7 +9,7 @@ budget is the planner's business.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,13 @@ _HOT = 0.5  # segments that hold less than this share of the peak's temporaries 
 _SWEEP = tuple(np.geomspace(5e-4, 2.0, 9))  # prices tried, in units of the step's seconds per byte of its temporaries
 _REFINEMENTS = 6  # prices tried between two of these
 _KEPT = 1e9  # what the cost of repeating is multiplied by, of what a plan must keep
-_NARROW = 0.003  # gaps between neighbours below this share of the plain peak are not filled
+_NARROW = 0.004  # gaps between neighbours below this share of the smaller peak are not filled
+_FREE = 0.1  # weight of a gap in which no matmul FLOPs are at stake
 _STEEP = 8  # power of a segment's share of the peak by which its price falls
 _DEAR = 0.1  # share of a plan's repeated FLOPs from which one operation's are looked at by themselves
-_DEAREST = 3  # how many of those
-_FILLS, _LEAST_FILLS = 40, 8  # plans tried between neighbours on the hull, and for the longest steps
-_FILLED = 100_000  # operations built for them in all
+_DEAREST, _TRIED = 2, 5_000  # how many of those: at least, and times the operations of the step
+_FILLS, _LEAST_FILLS = 40, 6  # plans tried between neighbours on the hull, and for the longest steps
+_FILLED = 60_000  # operations built for them in all
 _BISECTIONS = 10  # prices tried for one cut with varied costs
 _VARIED = 0.5  # standard deviation of the logarithm of a varied cost
 
@@ -95,7 +96,7 @@ class Search:
         self.weights = (usage > _HOT * usage.max(initial=0)).astype(float)
         self.sweep()
         if refined:
-            self.seed()
+            self.seed(usage)
             self.tighten()
             self.prune()
             self.fill()
@@ -125,18 +126,22 @@ class Search:
     def _at(self, price: float, weights: np.ndarray) -> Rung:
         return self.score(self.network.solve(price * weights), price)
 
-    def seed(self) -> None:
-        """Try what people choose by hand: all matmuls kept, those without batch dimensions, or named values.
+    def seed(self, usage: np.ndarray) -> None:
+        """Try what people choose by hand: all matmuls kept, those without batch dimensions, named values, block inputs.
 
-        Each is one cut in which repeating what is kept costs too much to be chosen, so it is at least as good as the
-        `jax.checkpoint` policy of that name.
+        Each is one cut in which repeating what is kept costs too much to be chosen, and one more with memory priced
+        where that plan's peak is; so it is at least as good as the `jax.checkpoint` policy of that name. Block inputs
+        are where a step narrows to one value (`_segments.necks`): each of them, every second, every fourth.
         """
         ops = self.survey.graph.ops
-        for kept in (_is_matmul, _is_plain_matmul, _is_named):
-            factors = np.array([_KEPT if kept(op) else 1.0 for op in ops])
-            if (factors > 1.0).any():
-                price = _SWEEP[-1] * self.unit
-                self.score(self.network.solve(price * self.weights, factors))
+        necks = _segments.necks(self.survey.graph, int(usage.argmax()))[::-1]
+        seeds = [{op.id for op in ops if kept(op)} for kept in (_is_matmul, _is_plain_matmul, _is_named)]
+        price = _SWEEP[-1] * self.unit
+        for kept in dict.fromkeys(frozenset(s) for s in [*seeds, *(necks[::every] for every in (1, 2, 4))]):
+            if kept:
+                factors = np.array([_KEPT if op.id in kept else 1.0 for op in ops])
+                rung = self.score(self.network.solve(price * self.weights, factors))
+                self.score(self.network.solve(price * self._tight(rung), factors))
 
     def tighten(self) -> None:
         """Price memory where it binds: cut again for each plan, a segment's price falling with the bytes it lacks.
@@ -145,9 +150,12 @@ class Search:
         left alone by it.
         """
         for rung in [r for r in self._hull() if r.price]:
-            usage = self.usage(rung)
-            weights = self.weights * (usage / usage.max(initial=1)) ** _STEEP
-            self._at(rung.price, weights * self.weights.sum() / max(weights.sum(), 1e-9))
+            self._at(rung.price, self._tight(rung))
+
+    def _tight(self, rung: Rung) -> np.ndarray:
+        usage = self.usage(rung)
+        weights = self.weights * (usage / usage.max(initial=1)) ** _STEEP
+        return weights * self.weights.sum() / max(weights.sum(), 1e-9)
 
     def prune(self) -> None:
         """Keep what is dear to repeat, for each plan that repeats it, one operation at a time.
@@ -155,22 +163,21 @@ class Search:
         Where memory binds in many segments alike, the price asks for bytes there that lower no peak.
         """
         for rung in self._hull():
-            for choice in self._kept_again(self.plain, rung, _DEAR * rung.recompute_flops):
+            for choice in self._kept_again(rung, _DEAR * rung.recompute_flops):
                 self.score(choice, rung.price)
 
-    def _kept_again(self, above: Rung, below: Rung, least_flops: float = 0.0) -> list[Choice]:
-        """Return the plan below without the repeats of one operation that the plan above keeps, the dearest first."""
+    def _kept_again(self, rung: Rung, least_flops: float = 0.0) -> list[Choice]:
+        """Return the plan without the repeats of one operation, the dearest first."""
         runs: dict[int, float] = {}
-        for (op, place), first in _segments.chains(self.survey.graph, below.choice.repeats).items():
+        for (op, place), first in _segments.chains(self.survey.graph, rung.choice.repeats).items():
             if place == first and op not in self.always:
                 trips = self.survey.region_of_bin[place].trips
                 runs[op] = runs.get(op, 0.0) + trips * _cost.matmul_flops(self.survey.graph.ops[op].eqn)
-        kept = {op for ops in above.choice.repeats.values() for op in ops}
-        dear = sorted((-flops, op) for op, flops in runs.items() if flops > least_flops and op not in kept)
+        dear = sorted((-flops, op) for op, flops in runs.items() if flops > least_flops)
         found = []
-        for _, op in dear[:_DEAREST]:
-            repeats = {place: ops - {op} for place, ops in below.choice.repeats.items()}
-            found.append(Choice({place: ops for place, ops in repeats.items() if ops}, below.choice.stores))
+        for _, op in dear[: max(_DEAREST, _TRIED // len(self.survey.graph.ops))]:
+            repeats = {place: ops - {op} for place, ops in rung.choice.repeats.items()}
+            found.append(Choice({place: ops for place, ops in repeats.items() if ops}, rung.choice.stores))
         return found
 
     def fill(self) -> None:
@@ -182,16 +189,15 @@ class Search:
         """
         random = np.random.default_rng(0)
         tried: set[Any] = set()
-        narrow = _NARROW * self.plain.predicted_peak_bytes
         most = len(self.seen) + max(_LEAST_FILLS, min(_FILLS, _FILLED // max(1, len(self.survey.graph.ops))))
         while len(self.seen) < most:
-            rungs = [self.plain, *self._hull()]
-            wide = [pair for pair in zip(rungs, rungs[1:], strict=False) if _bytes_between(*pair) > narrow]
+            rungs = [self.plain] * (not self.always) + self._hull()
+            wide = [pair for pair in zip(rungs, rungs[1:], strict=False) if _is_wide(pair)]
             gap = max((p for p in wide if (id(p[0]), id(p[1])) not in tried), key=_between, default=None)
             if gap is None:
                 break
             tried.add((id(gap[0]), id(gap[1])))
-            for choice in [*_mixtures(gap[0].choice, gap[1].choice), *self._kept_again(*gap)]:
+            for choice in [*_mixtures(gap[0].choice, gap[1].choice, self.always), *self._kept_again(gap[1])]:
                 self.score(choice)
             self._vary(gap, random)
 
@@ -241,12 +247,17 @@ def _bytes_between(above: Rung, below: Rung) -> int:
     return above.predicted_peak_bytes - below.predicted_peak_bytes
 
 
+def _is_wide(gap: tuple[Rung, Rung]) -> bool:
+    return _bytes_between(*gap) > _NARROW * gap[1].predicted_peak_bytes
+
+
 def _between(gap: tuple[Rung, Rung]) -> float:
     """What a plan between two neighbours could save at most: bytes for seconds."""
-    return _bytes_between(*gap) * (gap[1].seconds - gap[0].seconds)
+    free = gap[1].recompute_flops <= gap[0].recompute_flops
+    return _bytes_between(*gap) * (gap[1].seconds - gap[0].seconds) * (_FREE if free else 1.0)
 
 
-def _mixtures(one: Choice, other: Choice) -> list[Choice]:
+def _mixtures(one: Choice, other: Choice, always: Set[int]) -> list[Choice]:
     """Return the two plans that follow one choice for the first half of what they differ in, and the other after it."""
     if one.stores or other.stores:
         return []
@@ -256,9 +267,11 @@ def _mixtures(one: Choice, other: Choice) -> list[Choice]:
         return []
     middle = differing[len(differing) // 2]
     found = []
+    both = {e for e in left | right if e[0] in always}
     for first, second in ((left, right), (right, left)):
         repeats: dict[int, set[int]] = {}
-        for op, place in sorted({e for e in first if e[0] < middle} | {e for e in second if e[0] >= middle}):
+        entries = {e for e in first if e[0] < middle} | {e for e in second if e[0] >= middle}
+        for op, place in sorted(entries | both):
             repeats.setdefault(place, set()).add(op)
         found.append(Choice({place: frozenset(ops) for place, ops in repeats.items()}))
     return found
@@ -278,13 +291,24 @@ def _is_named(op: Any) -> bool:
 
 def _spread(jaxpr: Any, timeline: Any, outside: float, bins: dict, usage: np.ndarray) -> None:
     for i, eqn in enumerate(jaxpr.eqns):
-        place = next((bins[v] for v in eqn.outvars if v in bins), None)
-        if place is not None:
-            usage[place] = max(usage[place], outside + timeline.usage[i])
-        inner = timeline.inner.get(i)
-        if inner is not None:
-            base = outside + timeline.usage[i] - max(inner.usage.max(initial=0), 0)
-            _spread(inner.body, inner, base, bins, usage)
+        _note(eqn, outside + timeline.usage[i], bins, usage)
+        if eqn.primitive.name == "shard_map":
+            for inside, used, bodies in timeline.within(i):
+                _note(inside, outside + used, bins, usage)
+                for inner in bodies:
+                    _enter(inner, outside + used, bins, usage)
+        elif i in timeline.inner:
+            _enter(timeline.inner[i], outside + timeline.usage[i], bins, usage)
+
+
+def _note(eqn: Any, used: float, bins: dict, usage: np.ndarray) -> None:
+    place = next((bins[v] for v in eqn.outvars if v in bins), None)
+    if place is not None:
+        usage[place] = max(usage[place], used)
+
+
+def _enter(inner: Any, used: float, bins: dict, usage: np.ndarray) -> None:
+    _spread(inner.body, inner, used - max(inner.usage.max(initial=0), 0), bins, usage)
 
 
 def hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:

@@ -18,6 +18,8 @@ from memopt import _graph as g
 MOST_SEGMENTS = 64  # a region, however long: more segments cost planning time and decide no better
 NEAR = 20  # uses of a repeated value at most 1/NEAR of a region's segments apart share one repeat
 ALONE = -1  # in a plan, in place of a segment: operations whose repeats no two segments share
+_SMALL = 200  # values this many times smaller than the largest do not widen a neck
+_APART = 3  # of necks fewer operations apart only the last counts
 ONE_SEGMENT_BODY = 300  # a loop body of up to so many operations is one segment
 
 
@@ -39,7 +41,7 @@ def _boundaries(graph: g.Graph, region: g.Region) -> list[int]:
     total = len(region.ops)
     loops = [i for i, op in enumerate(region.ops) if op.bodies]
     cuts = {0} | {i for i in loops} | {i + 1 for i in loops if i + 1 < total}
-    if region.parent is not None and total <= ONE_SEGMENT_BODY:
+    if _repeats_whole(region) and total <= ONE_SEGMENT_BODY:
         return sorted(cuts) if total else []
     crossing = _crossing_bytes(graph, region)
     step = max(1, total // MOST_SEGMENTS)
@@ -47,6 +49,11 @@ def _boundaries(graph: g.Graph, region: g.Region) -> list[int]:
     for lo, hi in zip(edges, edges[1:], strict=False):
         cuts.update(_necks(crossing, lo, hi, step))
     return sorted(cuts)
+
+
+def _repeats_whole(region: g.Region) -> bool:
+    """Say whether a region is the body of a loop or a branch; a `shard_map` outside loops is as long as the step."""
+    return region.op is not None and (region.trips > 1 or region.op.eqn.primitive.name != "shard_map")
 
 
 def _necks(crossing: np.ndarray, lo: int, hi: int, step: int) -> list[int]:
@@ -83,6 +90,34 @@ def chains(graph: g.Graph, repeats: Mapping[int, Set[int]]) -> dict[tuple[int, i
                 first[op, place] = first[op, before] if shared else place
                 latest[op] = place
     return first
+
+
+def necks(graph: g.Graph, peak: int) -> list[int]:
+    """Return the operations of the top region up to segment `peak` whose one result is all that is read later there.
+
+    Left out are small values, values that live long (what every layer reads), and a neck right before another one.
+    """
+    ops = [op for op in graph.top.ops if op.bin <= peak]
+    last: dict[int, int] = {}
+    for i, op in enumerate(ops):
+        for v in op.inputs:
+            if v is not None and graph.values[v].region == graph.top.id and graph.values[v].op is not None:
+                last[v] = i
+    sizes = {v: _cost.aval_bytes(graph.values[v].aval) for v in last}
+    least = max(sizes.values(), default=0) / _SMALL
+    count, total = np.zeros(len(ops) + 2, np.int64), np.zeros(len(ops) + 2, np.int64)
+    for v, end in last.items():
+        start = graph.values[v].op.index
+        if sizes[v] >= least and end - start <= len(ops) / 3:
+            count[start + 1] += 1
+            count[end + 1] -= 1
+            total[start + 1] += v
+            total[end + 1] -= v
+    alone = np.flatnonzero(np.cumsum(count) == 1)
+    values = list(dict.fromkeys(np.cumsum(total)[alone].tolist()))
+    found = [graph.values[v].op for v in values]
+    followed = [op.index + _APART < after.index for op, after in zip(found, found[1:], strict=False)]
+    return [op.id for op, far in zip(found, [*followed, True], strict=False) if far]
 
 
 def _crossing_bytes(graph: g.Graph, region: g.Region) -> np.ndarray:

@@ -9,7 +9,7 @@ they live and where loops put them by `memopt._timeline_run`, how they are packe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ FAST_MEMORY_BYTES = {"v5e": 72 * MIB, "v6e": 40 * MIB, "v5p": 24 * MIB}
 SMALL_BUFFER_BYTES = 16 * 1024
 SMALL_BUFFERS = 10_000
 #: The part of the holes of our heap that XLA's has: it knows the order of allocations, we know it roughly.
-HOLES_KEPT = 0.5
+HOLES_KEPT = 1.0
 
 __all__ = ["Live", "Timeline", "simulate"]
 
@@ -71,6 +71,17 @@ class Timeline:
         index = self.peak_index if index is None else index
         return sorted(_alive(self, index), key=lambda item: -item.bytes)
 
+    def within(self, index: int) -> Iterator[tuple[Any, int, list[Timeline]]]:
+        """Yield the equations inside the call that equation `index` makes, such as a `shard_map`.
+
+        Each comes with the bytes of temporaries alive while it runs, and with the timelines of its own bodies.
+        """
+        run = self._run
+        for i, op in enumerate(run.graph.ops):
+            if op.top == index and i in run.span:
+                low, high = run.span[i]
+                yield op.eqn, int(max(run.live[low : high + 1])), [_inner_timeline(b) for b in run.bodies.get(i, ())]
+
 
 def simulate(
     closed_jaxpr: Any, *, donated: Sequence[bool] = (), target: Any, cache: dict | None = None, local: Any = None
@@ -98,7 +109,7 @@ def simulate(
     argument_bytes = sum(tg.buffer_bytes(v.aval, platform) for v in jaxpr.invars)
     output_bytes = sum(tg.buffer_bytes(v.aval, platform) for v in jaxpr.outvars)
     temp_bytes = _reported_bytes(run, platform, FAST_MEMORY_BYTES.get(kind, 0) if platform == "tpu" else 0)
-    inner = {i: _inner_timeline(r, platform) for i, r in run.inner.items()}
+    inner = {i: _inner_timeline(r) for i, r in run.inner.items()}
     return Timeline(
         argument_bytes=argument_bytes,
         output_bytes=output_bytes,
@@ -133,10 +144,10 @@ def _reported_bytes(run: Run, platform: str, fast_bytes: int) -> int:
     return size + max(0, size - max(heap.live_bytes(buffers, run.length, first=True), default=0))
 
 
-def _inner_timeline(run: Run, platform: str) -> Timeline:
+def _inner_timeline(run: Run) -> Timeline:
     run.lay_out(())
     temp = int(run.usage.max(initial=0))
-    inner = {i: _inner_timeline(r, platform) for i, r in run.inner.items()}
+    inner = {i: _inner_timeline(r) for i, r in run.inner.items()}
     peak = int(run.usage.argmax()) if run.usage.size else 0
     return Timeline(0, 0, 0, temp, temp, run.usage, inner, peak, run, run.jaxpr)
 

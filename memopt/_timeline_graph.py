@@ -192,6 +192,15 @@ def _view_bytes(graph: Graph, value: int, size: int) -> int:
     return min(old, size) if graph.maker[value] < 0 or max(old, size) > 1.5 * min(old, size) else max(old, size)
 
 
+def _behind_barrier(eqn: Any, ins: list[int]) -> list[int]:
+    """Return the operands that a `jax.checkpoint` reads behind a barrier, which JAX adds when it lowers it."""
+    if not eqn.params.get("differentiated"):
+        return []
+    prevented = eqn.params.get("prevent_cse", False)
+    flags = prevented if isinstance(prevented, tuple) else (prevented,) * len(ins)
+    return [v for v, flag in zip(ins, flags, strict=True) if flag and v >= 0]
+
+
 def _inline(graph: Graph, eqn: Any, body: Any, env: dict, ins: list[int], top: int, path: str) -> None:
     inner: dict[Any, int] = {}
     formal = [*body.constvars, *body.invars]
@@ -201,6 +210,7 @@ def _inline(graph: Graph, eqn: Any, body: Any, env: dict, ins: list[int], top: i
             graph.bytes[value] = min(graph.bytes[value], buffer_bytes(var.aval, graph.platform))
     for var in formal[: len(formal) - len(ins)]:
         inner[var] = graph.new(var.aval, -2)
+    graph.forced.update(_behind_barrier(eqn, ins))
     stack = "/".join(p for p in (path, str(eqn.source_info.name_stack)) if p)
     for sub in body.eqns:
         _add(graph, sub, inner, top, stack)

@@ -69,7 +69,7 @@ def heap_bytes(buffers: Sequence[Buffer], share: float = 1 / 4096) -> int:
     if not buffers:
         return 0
     floor = max(b.bytes for b in buffers) * share
-    large = sorted((b for b in buffers if b.bytes > floor), key=lambda b: b.start)
+    large = sorted((b for b in buffers if b.bytes > floor), key=lambda b: (b.start, -b.bytes))
     small = [b for b in buffers if b.bytes <= floor]
     length = max(b.end for b in buffers)
     return _place(large) + max(live_bytes(small, length), default=0)

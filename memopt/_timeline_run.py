@@ -20,6 +20,8 @@ from memopt._fusion import ELEMENTWISE, FREE, MATMULS, UPDATES, Fusion, Rules
 from memopt._timeline_heap import Buffer, live_bytes
 
 LOOPS = frozenset({"scan", "while"})
+_FLOAT32 = np.dtype(np.float32)
+_HALF = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
 
 
 class Run:
@@ -41,6 +43,8 @@ class Run:
                 self._enter(index, op, platform, cache)
         if rules.narrows_matmul_operands:
             self._narrow()
+        if rules.widens_halves:
+            self._widen()
         written = frozenset(graph.outputs[loop.carried :]) - {-1} if loop else frozenset()
         self.fusion = Fusion(graph, written, rules)
         for index, op in enumerate(graph.ops):
@@ -55,10 +59,19 @@ class Run:
             if graph.maker[value] >= 0 and value not in outputs and self.narrowed(value):
                 graph.bytes[value] = tg.buffer_bytes(aval.update(dtype=jnp.bfloat16), "tpu")
 
+    def _widen(self) -> None:
+        """Store what matmuls read and make in half precision as float32, as XLA:CPU does."""
+        graph = self.graph
+        touched = {v for op in graph.ops if op.live and op.name in MATMULS for v in (*op.ins, *op.outs) if v >= 0}
+        for value in touched:
+            if graph.maker[value] >= 0 and is_half(graph.avals[value]):
+                graph.bytes[value] *= 2
+
     def _postpone(self, loop: int) -> None:
         """Run matmuls that the loop does not wait for after it, where that frees more, as XLA's list scheduler does."""
         graph, fusion = self.graph, self.fusion
         freed = sum(graph.bytes[v] for v in fusion.stored if fusion.until(v) == loop)
+        after = next((i for i in range(loop + 1, len(graph.ops)) if graph.ops[i].live), len(graph.ops))
         for index in range(loop - 1, -1, -1):
             op = graph.ops[index]
             if op.live and op.name in LOOPS:
@@ -71,20 +84,20 @@ class Run:
             dying = [v for v in dying if fusion.last[v] < loop and graph.maker[v] >= 0]
             gain = sum(graph.bytes[v] for v in dying) - graph.bytes[op.outs[0]]
             if dying and gain < freed:
-                fusion.made[op.outs[0]] = loop + 1
+                fusion.made[op.outs[0]] = after
                 for value in dying:
-                    fusion.last[value] = loop + 1
+                    fusion.last[value] = after
 
     def narrowed(self, value: int) -> bool:
         """Whether every reader of a float32 value turns it into bfloat16."""
         graph = self.graph
-        if str(getattr(graph.avals[value], "dtype", "")) != "float32" or not graph.uses[value]:
+        if getattr(graph.avals[value], "dtype", "") != _FLOAT32 or not graph.uses[value]:
             return False
         return all(self._narrows(r, value) for r in graph.uses[value])
 
     def narrowed_by(self, index: int, value: int) -> bool:
         """Whether one reader turns a float32 value into bfloat16."""
-        return str(getattr(self.graph.avals[value], "dtype", "")) == "float32" and self._narrows(index, value)
+        return getattr(self.graph.avals[value], "dtype", "") == _FLOAT32 and self._narrows(index, value)
 
     def _narrows(self, index: int, value: int) -> bool:
         op = self.graph.ops[index]
@@ -181,6 +194,11 @@ def loop_layout(op: tg.Op) -> Layout | None:
     return None
 
 
+def is_half(aval: Any) -> bool:
+    """Whether a value is an array of 16-bit floats."""
+    return getattr(aval, "dtype", "") in _HALF
+
+
 class _Writer:
     """Places one computation's stored values as buffers."""
 
@@ -202,7 +220,11 @@ class _Writer:
             for value in op.outs:
                 if value in fusion.stored and value not in fusion.direct:
                     self._value(index, op, value)
+            if fusion.rules.widens_halves and op.name == "dot_general":
+                self._transposed(index, op)
         self._hoist_casts(loops)
+        if fusion.rules.widens_halves:
+            self._hoist_widening(loops)
 
     def _when(self, index: int, *, late: bool = False) -> int:
         if index >= len(self.graph.ops) or index < 0:
@@ -238,9 +260,10 @@ class _Writer:
         """An output has its own allocation; it takes over the buffer of an equal temporary that dies in it."""
 
     def _dying_operand(self, index: int, op: tg.Op, value: int) -> Buffer | None:
-        if op.name not in ELEMENTWISE and op.name not in UPDATES:
-            return None
         size, fusion = self.graph.bytes[value], self.fusion
+        alone = fusion.rules.fuses_into_matmuls and index not in fusion.absorbed
+        if op.name not in UPDATES and (alone or op.name not in ELEMENTWISE):
+            return None
         for operand in op.ins if op.name in ELEMENTWISE else op.ins[:1]:
             base = fusion.base[operand] if operand >= 0 else FREE
             found = self.buffer.get(base)
@@ -310,3 +333,37 @@ class _Writer:
                     spans[value] = min(low, self.span[index][0]), max(high, self.span[index][1])
         for value, (low, high) in spans.items():
             self.out.append(Buffer(self.graph.bytes[value] // 2, low, high, high, (self.run, value)))
+
+    def _hoist_widening(self, loops: list[int]) -> None:
+        """XLA:CPU casts what a loop reads in half precision before it, one after another: what is read last dies."""
+        for index in loops:
+            op, layout = self.graph.ops[index], loop_layout(self.graph.ops[index])
+            low, high = self.span[index]
+            carries = op.ins[layout.consts : layout.consts + layout.carried]
+            for value in set(op.ins) - set(carries) - {-1}:
+                if not is_half(self.graph.avals[value]):
+                    continue
+                self.out.append(Buffer(2 * self.graph.bytes[value], low, high, high, (self.run, value)))
+                held = self.buffer.get(value)
+                if held is not None and held.end == high and self.fusion.until(value) == index:
+                    held.end = held.first_end = max(held.start, low - 1)
+
+    def _transposed(self, index: int, op: tg.Op) -> None:
+        """XLA:CPU copies a matmul's operand that is not laid out as [batch, m, k] or [batch, k, n].
+
+        What an element-wise kernel makes for this matmul alone, it makes in that layout at once.
+        """
+        graph = self.graph
+        contracting, batches = op.eqn.params["dimension_numbers"]
+        for side, value in enumerate(op.ins):
+            if value < 0 or graph.maker[value] >= 0 and self._made_for(value):
+                continue
+            batch, inner, rank = list(batches[side]), sorted(contracting[side]), op.eqn.invars[side].aval.ndim
+            first = rank - len(inner) if side == 0 else len(batch)
+            if batch != list(range(len(batch))) or inner != list(range(first, first + len(inner))):
+                low, high = self.span[index]
+                self.out.append(Buffer(graph.bytes[value], low, high, high, (self.run, value)))
+
+    def _made_for(self, value: int) -> bool:
+        """Whether an element-wise kernel makes a value that one operation reads."""
+        return self.graph.ops[self.graph.maker[value]].name in ELEMENTWISE and len(self.graph.uses[value]) == 1

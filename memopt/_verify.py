@@ -212,16 +212,34 @@ def log_plan(program: Program, reasons: list[str]) -> None:
 def budget_error(program: Program, index: int, smallest_peak_bytes: int) -> BudgetError:
     """Return the error that no plan fits, with what is alive at the smallest peak, and what would help."""
     assert program.budget_bytes is not None
-    return BudgetError(program.budget_bytes, smallest_peak_bytes, _alive(program, index), donation_advice(program))
+    advice = _compiler_advice(program, index, smallest_peak_bytes) + donation_advice(program)
+    return BudgetError(program.budget_bytes, smallest_peak_bytes, _alive(program, index), advice)
+
+
+def _compiler_advice(program: Program, index: int, peak_bytes: int) -> list[str]:
+    """Say where XLA:CPU, which does not order what stands outside loops for memory, is what misses the budget."""
+    predicted = program.ladder.rungs[index].predicted_peak_bytes
+    if program.settings.target.platform != "cpu" or peak_bytes <= _PREDICTION_SLACK * predicted:
+        return []
+    return [
+        f"Plan for the device that is to run the step (target=...): XLA:CPU took {format_bytes(peak_bytes)} for a plan "
+        f"predicted at {format_bytes(predicted)}, because outside loops it does not order operations to save memory. "
+        "On the CPU, scan over the layers, or accept the plan by verify=False."
+    ]
 
 
 def _alive(program: Program, index: int) -> list[str]:
     jaxpr = program.ladder.rungs[index].jaxpr()
     timeline = simulate(jaxpr, donated=program.donated, target=program.settings.target, local=program.local)
-    found = [(live.bytes, f"{live.name} {live.source}".strip()) for live in timeline.alive()]
+    found = [(live.bytes, f"{live.name} {live.source}".strip() or _unnamed(live)) for live in timeline.alive()]
     arguments = sum(map(aval_bytes, program.argument_avals))
     ranked = sorted([(arguments, "arguments"), *found], key=lambda item: -item[0])
     return [f"{format_bytes(size)} {text}" for size, text in ranked[:_LISTED] if size]
+
+
+def _unnamed(live: Any) -> str:
+    """Say what a value is that no equation of its computation makes."""
+    return f"{live.aval.str_short(short_dtypes=True)} that a loop takes in"
 
 
 def donation_advice(program: Program) -> list[str]:

@@ -80,6 +80,29 @@ def test_the_timeline_shows_every_iteration_of_a_loop():
     assert min(heights) < max(heights)
 
 
+def test_loops_inside_a_shard_map_are_shown_with_their_module_and_iterations():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=(specs[0], specs[0]), check_vma=False)
+    explanation = explain(mapped, *ARGS, target="cpu")
+    assert explanation.temp_bytes >= explained().temp_bytes
+    assert "net/mlp" in explanation.by_module()
+    loops = [sample.equation for sample in explanation.timeline]
+    assert max(loops.count(index) for index in set(loops)) >= LENGTH
+
+
+def test_a_matmul_moved_behind_a_loop_may_have_a_dead_equation_there():
+    def late(a, b, x, weights):
+        late_product = jnp.tanh(x @ a) @ b
+        y, _ = jax.lax.scan(layer, jnp.sin(x @ a), weights)
+        jnp.cos(y @ a)
+        return jnp.sum(late_product) + jnp.sum(y)
+
+    square = shape(WIDTH, WIDTH)
+    explanation = explain(late, square, square, *reversed(ARGS), target="cpu")
+    assert explanation.temp_bytes >= 2 * LAYER_BYTES
+
+
 def test_an_argument_that_an_output_could_reuse_is_advised_to_be_donated():
     donations = [item for item in explained().advice if item.text.startswith("Donate")]
     assert [item.text for item in donations] == [

@@ -89,3 +89,21 @@ def test_a_loop_body_closes_over_no_constants():
     bodies = [e.params["jaxpr"] for e in c.open_jaxpr(flat).eqns if e.primitive.name == "scan"]
     assert len(bodies) == 1 and not c.jaxpr_consts(bodies[0])
     np.testing.assert_allclose(c.as_function(flat)(X)[0], X * np.arange(4, dtype=np.float32)[None, :] ** 2)
+
+
+def test_equations_without_a_user_line_take_that_of_the_call():
+    def step(x):
+        first = jax.nn.log_softmax(x)
+        return jax.nn.log_softmax(first * 2)
+
+    flat = _inline.inline(jax.make_jaxpr(step)(X))
+    lines = [c.user_source(eqn).split(":")[1] for eqn in c.open_jaxpr(flat).eqns]
+    first = step.__code__.co_firstlineno + 1
+    count = (len(lines) - 1) // 2
+    assert lines == [str(first)] * count + [str(first + 1)] * (count + 1)  # the product stands on the second line
+
+
+def test_equations_with_a_user_line_keep_it_under_a_call():
+    flat = _inline.inline(jax.make_jaxpr(jax.jit(layer))(X))
+    (line,) = {c.user_source(eqn).split(":")[1] for eqn in c.open_jaxpr(flat).eqns}
+    assert line == str(layer.__code__.co_firstlineno + 1)

@@ -302,3 +302,17 @@ def test_plans_go_to_json_and_back():
         plan = ladder.plan(i, 1 << 30)
         assert Plan.from_json(plan.to_json()) == plan
     assert memopt.Plan is Plan
+
+
+def test_a_step_inside_a_shard_map_has_the_ladder_of_the_step():
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
+    mapped = jax.shard_map(jax.grad(loss), mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=False)
+    inside, outside = planned(jax.make_jaxpr(mapped)(*arguments())), planned()
+    assert inside.rungs[-1].predicted_peak_bytes < 0.7 * inside.rungs[0].predicted_peak_bytes
+    assert inside.rungs[-1].predicted_peak_bytes <= 1.1 * outside.rungs[-1].predicted_peak_bytes
+    weights, x = arguments()
+    weights = [w * 0.01 for w in weights]
+    got = c.as_function(inside.rungs[-1].jaxpr())(*weights, x)
+    for have, want in zip(got, jax.grad(loss)(weights, x), strict=True):
+        np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-4 * float(jnp.abs(want).max()))

@@ -151,6 +151,18 @@ def test_the_error_names_donation_first_with_the_bytes(use):
     assert error.value.advice == ["Donate argument 'x' (donate_argnames='x'): 4.0 KiB less."]
 
 
+def test_a_peak_far_over_the_prediction_on_the_cpu_is_said_to_be_the_compilers(use):
+    use((None, PLAIN_BYTES // 2))
+    with pytest.raises(BudgetError) as error:
+        optimize(STEP, budget=PLAIN_BYTES - 1)(W, X)
+    assert error.value.advice[0].startswith("Plan for the device that is to run the step (target=...)")
+    assert "verify=False" in error.value.advice[0]
+    use((None, PLAIN_BYTES))
+    with pytest.raises(BudgetError) as error:
+        optimize(STEP, budget=PLAIN_BYTES - 1)(W, X)
+    assert not any("XLA:CPU" in sentence for sentence in error.value.advice)
+
+
 def test_predictions_a_little_too_high_are_still_compiled(use):
     use((None, 2 * PLAIN_BYTES), (SMALL_STEP, int(1.1 * SMALL_BYTES)))
     step = optimize(STEP, budget=SMALL_BYTES)

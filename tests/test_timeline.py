@@ -1,0 +1,96 @@
+"""The predicted timeline: named facts about lifetimes and heaps, and predictions against compiled programs."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+import memopt
+from memopt._timeline import simulate
+from memopt._timeline_heap import Buffer, heap_bytes, live_bytes, without_fast_memory
+
+NO_LIBRARY_KERNELS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+
+
+def buffers(*spans):
+    return [Buffer(size, start, end, end) for size, start, end in spans]
+
+
+def test_a_buffer_goes_into_the_smallest_hole_that_holds_it():
+    # 40 and 30 leave holes of their sizes below 10; 30 fits the second exactly, and 40 the first.
+    found = buffers((40, 0, 2), (10, 0, 9), (30, 1, 3), (10, 1, 9), (30, 4, 9), (40, 5, 9))
+    assert heap_bytes(found, share=0) == 90 == max(live_bytes(found, 9))
+
+
+def test_a_hole_between_two_long_lived_buffers_counts():
+    found = buffers((40, 0, 1), (10, 1, 9), (41, 2, 9))
+    assert max(live_bytes(found, 9)) == 51
+    assert heap_bytes(found, share=0) == 40 + 10 + 41
+
+
+def test_of_what_one_kernel_makes_the_largest_is_placed_first():
+    assert heap_bytes(buffers((10, 0, 9), (40, 0, 1), (41, 2, 9)), share=0) == 50 + 41
+
+
+def test_short_lived_buffers_stay_in_the_fast_memory():
+    found = buffers((10, 0, 1), (10, 0, 400), (100, 0, 1))
+    assert [b.end for b in without_fast_memory(found, 400, 40)] == [1, 400]
+
+
+def test_donated_arguments_are_their_outputs():
+    closed = jax.make_jaxpr(lambda w, x: w - x)(*[jax.ShapeDtypeStruct((256, 256), jnp.float32)] * 2)
+    plain, donated = (simulate(closed, donated=flags, target="tpu:v5e") for flags in ((False,), (True,)))
+    assert plain.peak_bytes - donated.peak_bytes == donated.alias_bytes == 256 * 256 * 4
+
+
+def scanned(dtype, layers=6, width=256, batch=2048):
+    """Return a gradient step through scanned layers, and its shapes."""
+
+    def step(w, x):
+        def layer(x, w):
+            return lax.tanh(lax.dot(x, w.astype(dtype))), None
+
+        return jax.grad(lambda w: lax.scan(layer, x, w)[0].astype(jnp.float32).sum())(w)
+
+    shapes = jax.ShapeDtypeStruct((layers, width, width), jnp.float32), jax.ShapeDtypeStruct((batch, width), dtype)
+    return step, shapes
+
+
+NARROW = pytest.mark.xfail(
+    jax.__version_info__ >= (0, 11), reason="newer XLA:CPU keeps half precision in loops", strict=True
+)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=NARROW)])
+def test_a_scanned_step_is_predicted_on_the_cpu(dtype):
+    step, shapes = scanned(dtype)
+    compiled = memopt.measure(step, *shapes, target="cpu", compiler_options=NO_LIBRARY_KERNELS)
+    found = simulate(jax.make_jaxpr(step)(*shapes), target="cpu")
+    assert found.peak_bytes == pytest.approx(compiled.peak_bytes, rel=0.15)
+
+
+@pytest.mark.parametrize("target, wide", [("cpu", True), ("tpu:v5e", False)])
+def test_the_cpu_holds_stacks_in_half_precision_wide_while_a_loop_reads_them(target, wide):
+    temporaries = []
+    for dtype in (jnp.bfloat16, jnp.float32):
+        step, shapes = scanned(dtype, width=1024, batch=16_384)
+        temporaries.append(simulate(jax.make_jaxpr(step)(*shapes), target=target).temp_bytes)
+    assert (temporaries[0] > 0.9 * temporaries[1]) == wide
+
+
+def test_the_cpu_copies_operands_that_are_not_in_a_matmuls_layout():
+    shape = jax.ShapeDtypeStruct((512, 512), jnp.float32)
+
+    def step(contracting):
+        return lambda x: lax.dot_general(x, x, ((contracting, (0,)), ((), ())))
+
+    plain, turned = (simulate(jax.make_jaxpr(step(c))(shape), target="cpu") for c in ((1,), (0,)))
+    assert turned.temp_bytes - plain.temp_bytes == 512 * 512 * 4
+
+
+@pytest.mark.tpu_aot
+def test_a_scanned_step_is_predicted_on_a_tpu():
+    step, shapes = scanned(jnp.bfloat16, width=1024, batch=16_384)
+    compiled = memopt.measure(step, *shapes, target="tpu:v5e")
+    found = simulate(jax.make_jaxpr(step)(*shapes), target="tpu:v5e")
+    assert found.peak_bytes == pytest.approx(compiled.peak_bytes, rel=0.15)
