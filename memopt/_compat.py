@@ -143,6 +143,12 @@ def _is_users(traceback: Any) -> bool:
     return traceback is not None and any(_siu.is_user_filename(c.co_filename) for c in traceback.raw_frames()[0])
 
 
+def with_name(eqn: JaxprEqn, prefix: Any) -> JaxprEqn:
+    """Return the equation with another one's name stack put before its own; its source line stays."""
+    info = eqn.source_info
+    return eqn.replace(source_info=info.replace(name_stack=prefix + info.name_stack)) if prefix.stack else eqn
+
+
 def name_stack(eqn: JaxprEqn) -> Any:
     """Return an equation's name stack object (prints as `a/b/c`)."""
     return eqn.source_info.name_stack
