@@ -1,10 +1,15 @@
 """The builders: a plan's decisions turned into a jaxpr.
 
-In: a `Graph` and, for each time segment, the operations that are run again there (and the storage alternatives that
-passes chose). Out: a closed jaxpr with the same inputs and outputs as the step. Values that are not run again are kept:
-at one level simply by being read later, across a pair of loops by being stacked by the first and sliced by the second.
-Repeats are placed right before their first use and guarded by `optimization_barrier`, tied to the latest value made, so
-that XLA neither merges nor hoists them. It decides nothing. Dead code is dropped at the end, inside loops too.
+In: a `Graph`, for each time segment the operations that are run again there, and the forms in which values are stored.
+Out: a closed jaxpr with the same inputs and outputs as the step. Values that are not run again are kept: at one level
+simply by being read later, across a pair of loops by being stacked by the first and sliced by the second. A stored
+value is encoded right after it is made, and its leaves are kept in its place. Repeats and decodings are placed right
+before their first use and guarded by `optimization_barrier`, tied to the latest value made, so that XLA neither merges
+nor hoists them. It decides nothing. Dead code is dropped at the end, inside loops too.
+
+Who reads a stored value back (`_forms`): readers in the segment that makes it, and the step's outputs, take the value
+itself. Others decode it; but where the form is lossy, only the backward pass does. A repeat that starts from a lossy
+form feeds the backward pass alone, too: the forward result is that of the step as written.
 """
 
 from __future__ import annotations
@@ -13,21 +18,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _fusion, _segments
+from memopt import _forms, _fusion, _segments
 from memopt import _graph as g
+from memopt._contract import Store
 
 
-def apply(graph: g.Graph, repeats: Mapping[int, frozenset[int]]) -> tuple[Any, dict[Any, int]]:
+def apply(
+    graph: g.Graph, repeats: Mapping[int, frozenset[int]], stores: Mapping[int, Store] | None = None
+) -> tuple[Any, dict[Any, int]]:
     """Return the rewritten closed jaxpr and the time segment of each of its variables.
 
     Args:
       graph: the survey of the step.
       repeats: segment number -> ids of the operations run again in that segment, for what is read there.
+      stores: value -> the form that it is kept in; all others are kept as they are.
 
     Returns:
       `(closed jaxpr, {variable: segment})`; variables of loop bodies are among them.
+
+    Raises:
+      ValueError: a form has effects, or does not give back the shape and dtype of its value.
     """
-    builder = _Builder(graph, repeats)
+    builder = _Builder(graph, repeats, stores or {})
     body = builder.region(graph.top)
     base = c.open_jaxpr(graph.closed)
     jaxpr = c.rebuild(base, outvars=body.outs, eqns=body.eqns)
@@ -43,6 +55,8 @@ class _Body:
         self.eqns: list[Any] = []
         self.local: dict[int, Any] = {}  # value of a source region -> the variable that brings it into this body
         self.clones: dict[int, tuple[int, Any]] = {}  # value -> first segment of its latest repeat, its variable
+        self.decoded: dict[int, tuple[int, Any]] = {}  # value -> segment where it was read back last, its variable
+        self.leaves: dict[int, list[Any]] = {}  # value of a source region -> what brings its leaves into this body
         self.new_consts: list[tuple[Any, Any]] = []  # (variable, value outside or a literal)
         self.new_xs: list[tuple[Any, Any]] = []  # (variable, value outside, a literal or the stacked variable itself)
         self.outs: list[Any] = []
@@ -55,28 +69,40 @@ class _Body:
 
 
 class _Builder:
-    def __init__(self, graph: g.Graph, repeats: Mapping[int, frozenset[int]]):
+    def __init__(self, graph: g.Graph, repeats: Mapping[int, frozenset[int]], stores: Mapping[int, Store]):
         self.graph = graph
         self.repeats = repeats
         self.chains = _segments.chains(graph, repeats)
-        self.extra: dict[int, dict[int, Any]] = {}  # loop -> {body value: variable of its new stack}
+        self.forms = _forms.Forms(graph, stores, frozenset().union(*repeats.values()))
+        self.leaves: dict[int, list[Any]] = {}  # stored value -> the leaves where it is made
+        self.extra: dict[int, dict[Any, Any]] = {}  # loop -> {body variable: variable of its new stack}
         self.bin_of: dict[Any, int] = {}
 
     def region(self, region: g.Region) -> _Body:
         body = _Body(region)
+        for value in self.forms.of:
+            if self.graph.values[value].op is None and self.graph.values[value].region == region.id:
+                self._encode(body, value)
         for op in region.ops:
             self._op(body, op)
-        last = region.bins[-1] if len(region.bins) else -1
         outvars = c.open_jaxpr(region.jaxpr).outvars
-        body.outs = [v if o is None else self._read(body, o, last) for v, o in zip(outvars, region.outs, strict=True)]
+        body.outs = [v if o is None else self._out(body, o) for v, o in zip(outvars, region.outs, strict=True)]
         for position, op, inner in body.pending:
             body.eqns[position] = self._finish_loop(body.eqns[position], op, inner)
         return body
 
+    def _out(self, body: _Body, value: int) -> Any:
+        """Return the variable of a region's output: what is made here is handed out itself, not read back."""
+        region = body.region
+        last = region.bins[-1] if len(region.bins) else -1
+        if self.graph.values[value].region == region.id and not self._repeats(body, value, last, None):
+            return self.graph.values[value].var
+        return self._read(body, value, last, region.op)
+
     def _op(self, body: _Body, op: g.Op) -> None:
         eqn = op.eqn
         invars = [
-            v if o is None or i in op.mapped else self._read(body, o, op.bin)
+            v if o is None or i in op.mapped else self._read(body, o, op.bin, op)
             for i, (v, o) in enumerate(zip(eqn.invars, op.inputs, strict=True))
         ]
         if op.bodies:
@@ -88,6 +114,9 @@ class _Builder:
             self.bin_of[var] = op.bin
         if eqn.primitive.name not in _fusion.ELEMENTWISE:
             body.latest = next((v for v in eqn.outvars if c.guardable(v)), body.latest)
+        for value in op.outputs:
+            if value in self.forms.of:
+                self._encode(body, value)
 
     def _with_bodies(self, body: _Body, op: g.Op, invars: list[Any]) -> Any:
         inner = [self.region(r) for r in op.bodies]
@@ -108,9 +137,9 @@ class _Builder:
         num_consts, num_carry = c.scan_layout(op.eqn)
         first_xs = num_consts + num_carry
         consts = [v for i, v in enumerate(invars[:num_consts]) if i not in op.mapped]
-        consts += [self._read(body, o, op.bin) if isinstance(o, int) else o for _, o in inner.new_consts]
+        consts += [self._read(body, o, op.bin, op) if isinstance(o, int) else o for _, o in inner.new_consts]
         xs = [v for i, v in enumerate(invars) if i >= first_xs and i not in op.mapped]
-        xs += [self._read(body, o, op.bin) if isinstance(o, int) else o for _, o in inner.new_xs]
+        xs += [self._read(body, o, op.bin, op) if isinstance(o, int) else o for _, o in inner.new_xs]
         return c.replace_eqn(op.eqn, invars=consts + invars[num_consts:first_xs] + xs)
 
     def _finish_loop(self, eqn: Any, op: g.Op, inner: _Body) -> Any:
@@ -122,25 +151,83 @@ class _Builder:
         old = c.open_jaxpr(op.bodies[0].jaxpr).invars
         consts = [v for i, v in enumerate(old[:num_consts]) if i not in op.mapped] + [v for v, _ in inner.new_consts]
         xs = [v for i, v in enumerate(old) if i >= first_xs and i not in op.mapped] + [v for v, _ in inner.new_xs]
-        outs = inner.outs + [self.graph.values[v].var for v in extra]
+        outs = inner.outs + list(extra)
         invars = consts + list(old[num_consts:first_xs]) + xs
         jaxpr = _closed_like(op.bodies[0].jaxpr, inner, outs, invars)
         params = c.scan_params(op.eqn, jaxpr, len(consts), num_carry)
         return c.replace_eqn(eqn, outvars=[*eqn.outvars, *extra.values()], params=params,
                              effects=eqn.effects)
 
-    def _read(self, body: _Body, value: int, segment: int) -> Any:
-        """Return the variable that holds a value for a reader in this segment, repeating operations where planned."""
+    def _read(self, body: _Body, value: int, segment: int, reader: g.Op | None) -> Any:
+        """Return the variable that holds a value for a reader in this segment, repeated or read back where planned."""
         item = self.graph.values[value]
+        if self._repeats(body, value, segment, reader):
+            return self._clone(body, value, segment) or self._repeat(body, item.op, segment, value, reader)
         here = item.region == body.region.id
-        if item.op is not None and item.op.id in self.repeats.get(segment, ()):
-            if not here or item.op.bin < segment:
-                return self._clone(body, value, segment) or self._repeat(body, item.op, segment, value)
+        if not here or self._made(item) < segment:
+            form = self.forms.for_reader(value, reader)
+            if form is not None:
+                return self._decode(body, value, segment, form)
         if here:
             return item.var
         if value not in body.local:
             body.local[value] = self._bring(body, item)
         return body.local[value]
+
+    def _repeats(self, body: _Body, value: int, segment: int, reader: g.Op | None) -> bool:
+        """Say whether a reader in this segment takes a value from a repeat."""
+        op = self.graph.values[value].op
+        if op is None or op.id not in self.repeats.get(segment, ()):
+            return False
+        return (op.region != body.region.id or op.bin < segment) and self.forms.may_repeat(op, reader)
+
+    def _made(self, item: g.Value) -> int:
+        return self.graph.regions[item.region].bins[0] if item.op is None else item.op.bin
+
+    def _encode(self, body: _Body, value: int) -> None:
+        """Make the leaves of a stored value right here; those that nothing reads are dropped with other dead code."""
+        item = self.graph.values[value]
+        like = None if item.op is None else item.op.eqn
+        eqns, self.leaves[value] = _forms.emit(self.forms.of[value].encode, [item.var], like)
+        self._emit(body, eqns, self._made(item))
+
+    def _decode(self, body: _Body, value: int, segment: int, form: _forms.Form) -> Any:
+        """Read a stored value back from its leaves; readers in segments near each other share it."""
+        before, var = body.decoded.get(value, (None, None))
+        if before is None or segment - before > _segments.near(body.region):
+            item = self.graph.values[value]
+            like = body.region.ops[0].eqn if item.op is None else item.op.eqn
+            leaves = self._leaves(body, value)
+            if item.region == body.region.id:
+                kept = {i: v for i, v in enumerate(leaves) if not isinstance(v, c.Literal) and c.guardable(v)}
+                guarded = self._barrier(body, kept, like, segment)
+                leaves = [guarded.get(i, v) for i, v in enumerate(leaves)]
+            eqns, (var,) = _forms.emit(form.decode, leaves, like)
+            self._emit(body, eqns, segment)
+        body.decoded[value] = segment, var
+        return var
+
+    def _emit(self, body: _Body, eqns: list[Any], segment: int) -> None:
+        body.eqns += eqns
+        self.bin_of.update((var, segment) for eqn in eqns for var in eqn.outvars)
+
+    def _leaves(self, body: _Body, value: int) -> list[Any]:
+        """Return a stored value's leaves, brought into this body by stacks of theirs."""
+        item = self.graph.values[value]
+        if item.region == body.region.id:
+            return self.leaves[value]
+        if value not in body.leaves:
+            maker = self.graph.regions[item.region].op
+            body.leaves[value] = [self._bring_leaf(body, maker, item, v) for v in self.leaves[value]]
+        return body.leaves[value]
+
+    def _bring_leaf(self, body: _Body, maker: g.Op, item: g.Value, leaf: Any) -> Any:
+        if isinstance(leaf, c.Literal):
+            return leaf
+        var = c.Var(leaf.aval)
+        stack = self._stack(maker, item) if leaf is item.var else self._new_stack(maker, leaf)
+        body.new_xs.append((var, stack))
+        return var
 
     def _clone(self, body: _Body, value: int, segment: int) -> Any | None:
         """Return the variable of a repeat that this segment shares with an earlier one, if there is one."""
@@ -165,19 +252,22 @@ class _Builder:
         position = self.graph.out_position(maker, item.id)
         if position is not None and not isinstance(maker.eqn.outvars[position], c.DropVar):
             return maker.eqn.outvars[position]
-        extra = self.extra.setdefault(maker.id, {})
-        if item.id not in extra:
-            extra[item.id] = c.Var(c.stacked_aval(item.aval, maker.eqn.params["length"]))
-            self.bin_of[extra[item.id]] = maker.bin
-        return extra[item.id]
+        return self._new_stack(maker, item.var)
 
-    def _repeat(self, body: _Body, op: g.Op, segment: int, value: int) -> Any:
+    def _new_stack(self, maker: g.Op, var: Any) -> Any:
+        extra = self.extra.setdefault(maker.id, {})
+        if var not in extra:
+            extra[var] = c.Var(c.stacked_aval(var.aval, maker.eqn.params["length"]))
+            self.bin_of[extra[var]] = maker.bin
+        return extra[var]
+
+    def _repeat(self, body: _Body, op: g.Op, segment: int, value: int, reader: g.Op | None) -> Any:
         """Run an operation again here, with all planned repeats that it needs, as one guarded batch."""
         batch = self._batch(body, op, segment)
-        guarded = self._guard(body, batch, segment)
+        guarded = self._guard(body, batch, segment, reader)
         for one in batch:
             invars = [
-                v if o is None else guarded.get(o) or self._read(body, o, segment)
+                v if o is None else guarded.get(o) or self._read(body, o, segment, reader)
                 for v, o in zip(one.eqn.invars, one.inputs, strict=True)
             ]
             outvars = [v if isinstance(v, c.DropVar) else c.Var(v.aval) for v in one.eqn.outvars]
@@ -205,36 +295,41 @@ class _Builder:
                         stack.append(maker)
         return sorted(order.values(), key=lambda one: one.id)
 
-    def _guard(self, body: _Body, batch: list[g.Op], segment: int) -> dict[int, Any]:
+    def _guard(self, body: _Body, batch: list[g.Op], segment: int, reader: g.Op | None) -> dict[int, Any]:
         """Pass what the batch reads from outside through a barrier, tied to the latest original value."""
         if body.region.sources and all(one.region != body.region.id for one in batch):
             return {}  # a loop body of its own: there is nothing to merge with
+        return self._barrier(body, self._outside(body, batch, segment, reader), batch[0].eqn, segment)
+
+    def _barrier(self, body: _Body, outside: Mapping[int, Any], like: Any, segment: int) -> dict[int, Any]:
+        """Return the variables behind barriers, one for each set of mesh axes that they vary over."""
         guarded: dict[int, Any] = {}
-        for vma, outside in self._outside(body, batch, segment).items():
-            invars = list(outside.values())
+        groups: dict[frozenset, dict[int, Any]] = {}
+        for o, var in outside.items():
+            groups.setdefault(c.vma(var.aval), {})[o] = var
+        for vma, group in groups.items():
+            invars = list(group.values())
             latest = body.latest
             tied = latest is not None and c.vma(latest.aval) == vma and all(latest is not v for v in invars)
-            eqn, outvars = c.barrier_eqn(invars + [latest] * tied, batch[0].eqn)
-            body.eqns.append(eqn)
-            for var in outvars:
-                self.bin_of[var] = segment
-            guarded.update(zip(outside, outvars, strict=False))
+            eqn, outvars = c.barrier_eqn(invars + [latest] * tied, like)
+            self._emit(body, [eqn], segment)
+            guarded.update(zip(group, outvars, strict=False))
         return guarded
 
-    def _outside(self, body: _Body, batch: list[g.Op], segment: int) -> dict[frozenset, dict[int, Any]]:
-        """Return the values to guard with their variables, by the mesh axes that they vary over: one barrier each.
+    def _outside(self, body: _Body, batch: list[g.Op], segment: int, reader: g.Op | None) -> dict[int, Any]:
+        """Return the values to guard with their variables.
 
-        Left out are repeats (behind a barrier of their own) and the index of a `cond`, which loses its derivative rule
-        behind a barrier.
+        Left out are repeats and what was read back (behind barriers of their own) and the index of a `cond`, which
+        loses its derivative rule behind a barrier.
         """
         made = {o for one in batch for o in one.outputs}
         made |= {one.inputs[0] for one in batch if one.eqn.primitive.name == "cond"}
-        found: dict[frozenset, dict[int, Any]] = {}
+        found: dict[int, Any] = {}
         for o in dict.fromkeys(o for one in batch for o in one.inputs if o is not None and o not in made):
-            var = self._read(body, o, segment)
-            repeat = body.clones.get(o)
-            if (repeat is None or repeat[1] is not var) and c.guardable(var):
-                found.setdefault(c.vma(var.aval), {})[o] = var
+            var = self._read(body, o, segment, reader)
+            behind = [table[o][1] for table in (body.clones, body.decoded) if o in table]
+            if all(var is not v for v in behind) and c.guardable(var):
+                found[o] = var
         return found
 
 

@@ -143,9 +143,20 @@ def _is_users(traceback: Any) -> bool:
     return traceback is not None and any(_siu.is_user_filename(c.co_filename) for c in traceback.raw_frames()[0])
 
 
+def with_name(eqn: JaxprEqn, prefix: Any) -> JaxprEqn:
+    """Return the equation with another one's name stack put before its own; its source line stays."""
+    info = eqn.source_info
+    return eqn.replace(source_info=info.replace(name_stack=prefix + info.name_stack)) if prefix.stack else eqn
+
+
 def name_stack(eqn: JaxprEqn) -> Any:
     """Return an equation's name stack object (prints as `a/b/c`)."""
     return eqn.source_info.name_stack
+
+
+def transforms(eqn: JaxprEqn) -> list[str]:
+    """Return the names of the transforms in an equation's name stack, outermost first: `jvp`, `transpose`, `vmap`."""
+    return [part.name for part in name_stack(eqn).stack if isinstance(part, _siu.Transform)]
 
 
 def user_source(eqn: JaxprEqn) -> str:
@@ -162,6 +173,12 @@ def vma(aval: Any) -> frozenset:
     """Return the mesh axes that a value of a `shard_map` body varies over; a barrier takes values of one such set."""
     manual = getattr(aval, "mat", None)
     return frozenset(getattr(aval, "vma", ())) if manual is None else frozenset(manual.varying)
+
+
+def is_local(aval: Any) -> bool:
+    """Say whether a type tells of a mesh: it varies over axes, or its sharding is explicit or manual."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return bool(vma(aval)) or not (mesh is None or mesh.empty or mesh.are_all_axes_auto)
 
 
 def barrier_eqn(invars: Sequence[Any], like: JaxprEqn) -> tuple[JaxprEqn, list[Var]]:

@@ -31,13 +31,18 @@ class Repeat:
 class Store:
     """Another way to keep a value until it is read again: encoded where it is made, decoded where it is read.
 
+    What reads the value where it is made, and the step's outputs, get the value itself. An exact form is decoded for
+    all other readers. A lossy one is decoded for the backward pass alone (what JAX transposed), and so are repeats that
+    start from one: no forward result, such as a loss or a metric, carries the error. Arguments, and values inside a
+    `shard_map`, cannot be stored; the plan says so.
+
     Attributes:
       value: the value's id in the survey's graph.
       seconds: predicted time of encoding and decoding it once.
       bytes: bytes of the encoded value, of one run of the operation that makes it.
       encode: the value -> a pytree of arrays; traced once.
       decode: that pytree -> a value of the same shape and dtype; traced once.
-      error: largest relative error that the decoded value may have; 0.0 is exact.
+      error: largest relative error that the decoded value may have, as the pass states it; 0.0 is exact.
       name: what the plan calls this form, such as `"int8"`.
     """
 

@@ -104,13 +104,16 @@ def decisions(survey: Survey, names: Names, chosen: Any, repeatable: Mapping[int
         choice = RECOMPUTE if item.op is not None and item.op.id in repeats.get(place, ()) else form
         count = rows[value][2] if value in rows else 0
         rows[value] = (choice, survey.kept_bytes(value, place), count + 1)
-    out = [_row(survey, names, value, *row, repeatable) for value, row in rows.items()]
+    out = [_row(survey, names, value, *row, repeatable, chosen.stores.get(value)) for value, row in rows.items()]
     return sorted(out, key=lambda d: (-d.value_bytes, d.name))
 
 
-def _row(survey, names, value, choice, size, count, repeatable) -> Decision:
+def _row(survey, names, value, choice, size, count, repeatable, store) -> Decision:
     item = survey.graph.values[value]
     places = f"read in {count} later place{'s' if count > 1 else ''}"
+    if store is not None and choice == store.name:
+        exact = f"with a relative error of at most {store.error:g}" if store.error else "exactly"
+        places += f"; kept {exact} in {store.bytes / max(1, survey.bytes_of_value(value)):.0%} of its bytes"
     if item.op is None:
         loop = survey.graph.regions[item.region].op
         base = f"{names.name(loop)}/carry.{item.operand}"

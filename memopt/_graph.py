@@ -47,6 +47,7 @@ class Op:
     mapped: frozenset[int] = frozenset()  # operand positions that the body reads through its source regions instead
     feeds: list[Op] = dataclasses.field(default_factory=list)  # later loops whose body reads this loop's body
     bin: int = -1  # the time segment it runs in, numbered over all regions
+    twins: list[tuple[int, Any]] = dataclasses.field(default_factory=list)  # regions, equations that are one with it
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -112,6 +113,7 @@ class Graph:
             if key in table:
                 region.env.update(zip(eqn.outvars, table[key], strict=True))
                 region.changed = True
+                self._twin(region, eqn, table[key])
                 return
         op = Op(len(self.ops), region.id, len(region.ops), eqn, inputs, ())
         self.ops.append(op)
@@ -121,6 +123,11 @@ class Graph:
         if key is not None:
             region.numbers[key] = op.outputs
         self._bodies(region, op)
+
+    def _twin(self, region: Region, eqn: Any, outputs: tuple[int, ...]) -> None:
+        maker = self.values[outputs[0]].op if outputs else None
+        if maker is not None:
+            maker.twins.append((region.id, eqn))
 
     def _bodies(self, region: Region, op: Op) -> None:
         name = op.eqn.primitive.name

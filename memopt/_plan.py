@@ -26,7 +26,7 @@ class Decision:
       module: module path, as set by Flax or `jax.named_scope`.
       source: `file:line (function)` of the user's code.
       value_bytes: bytes of keeping it; in a loop, of its stack.
-      choice: `"keep"` or `"recompute"`.
+      choice: `"keep"`, `"recompute"`, or the name of the form that it is kept in.
       reason: one sentence.
 
     Example:

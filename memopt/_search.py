@@ -221,7 +221,7 @@ class Search:
         """Build and simulate a plan, once."""
         key = choice.key
         if key not in self.seen:
-            closed, bins = _apply.apply(self.survey.graph, choice.repeats)
+            closed, bins = _apply.apply(self.survey.graph, choice.repeats, choice.stores)
             local = self.step.local
             timeline = _timeline.simulate(closed, donated=self.donated, target=self.survey.target, local=local)
             flops = _cost.matmul_flops(closed) - self.step.baseline_flops

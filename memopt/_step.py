@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _cost, _inline, _narrow, _sink, _specs, _split
+from memopt import _cost, _forms, _inline, _narrow, _sink, _specs, _split
 from memopt._contract import Left, Repeat, Store
 from memopt._decisions import Names, decisions, settle
 from memopt._local import local_shapes
@@ -74,8 +74,19 @@ class Step:
         never, self.always = settle(self.survey, self.names, overrides)
         self.repeatable = {x.op: x.seconds for x in proposals if isinstance(x, Repeat) and x.op not in never}
         self.always &= set(self.repeatable)
-        self.stores = [x for x in proposals if isinstance(x, Store) and self._kept_by_op(x) not in never]
         self.left = [x for x in proposals if isinstance(x, Left)]
+        self.stores = self._possible([x for x in proposals if isinstance(x, Store)], never)
+
+    def _possible(self, stores: Sequence[Store], never: set[int]) -> list[Store]:
+        """Return the stores that the builders can carry out; the others are left, with a sentence."""
+        named: dict[tuple[int, str], Store] = {}
+        for store in stores:
+            why = _forms.refusal(self.survey.graph, store)
+            if why is not None:
+                self.left.append(Left(f"The form {store.name!r} of a value", why))
+            elif named.setdefault((store.value, store.name), store) is not store:
+                raise ValueError(f"Two forms of one value are called {store.name!r}: give them names of their own.")
+        return [store for store in named.values() if self._kept_by_op(store) not in never]
 
     def _kept_by_op(self, store: Store) -> int | None:
         maker = self.survey.graph.values[store.value].op
@@ -86,8 +97,15 @@ class Step:
         return [] if self.survey is None else decisions(self.survey, self.names, choice, self.repeatable)
 
     def choice_of(self, plan: Plan) -> Choice:
-        """Return the choice that a saved plan holds."""
+        """Return the choice that a saved plan holds.
+
+        Raises:
+          ValueError: no pass proposes a form that the plan stores a value in.
+        """
         forms = {(store.value, store.name): store for store in self.stores}
+        missing = sorted({name for value, name in plan.stores.items() if (value, name) not in forms})
+        if missing:
+            raise ValueError(f"The saved plan stores a value as {missing[0]!r}, which no pass proposes. Plan again.")
         repeats = {place: frozenset(ops) for place, ops in plan.repeats.items()}
         return Choice(repeats, {value: forms[value, name] for value, name in plan.stores.items()})
 

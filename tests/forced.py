@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from memopt import _apply, _inline, _segments, _sink
+from memopt import _apply, _forms, _inline, _segments, _sink
 from memopt import _compat as c
+from memopt._contract import Store
 from memopt._planner import make_ladder
 from memopt._survey import Survey
 from memopt._target import Target
@@ -63,6 +64,20 @@ def _late(survey: Survey, place: int) -> bool:
 def forced(share: float, seed: int = 0, late: bool = False) -> Callable[[Any], Any]:
     """Return ``force`` with these settings."""
     return functools.partial(force, share=share, seed=seed, late=late)
+
+
+def stored(seed: int) -> Callable[[Any], Any]:
+    """Return a rewrite that keeps half of all values as pairs of themselves and a number, and repeats operations."""
+
+    def rewrite(closed: Any) -> Any:
+        survey = survey_of(closed)
+        rng = np.random.default_rng(seed)
+        forms = [Store(v.id, 0.0, 1, lambda x: (x, x.ndim), lambda pair: pair[0]) for v in survey.graph.values]
+        drawn = {s.value: s for s in forms if _forms.refusal(survey.graph, s) is None and rng.random() < 0.5}
+        repeats = {p: frozenset(o for o in ops if rng.random() < 0.2) for p, ops in repeatable(survey).items()}
+        return _apply.apply(survey.graph, repeats, drawn)[0]
+
+    return rewrite
 
 
 def ladder(closed: Any) -> list[Any]:
