@@ -138,9 +138,12 @@ def _figures(memory: Any) -> dict[str, Any]:
 
 
 def budgets(rows: dict[str, dict[str, Any]]) -> dict[str, tuple[int, str]]:
-    """Return memopt's budgets and where to compile: each policy's compiled peak, and two below the lowest of them."""
+    """Return memopt's budgets and where to compile: each policy's compiled peak, and two below the lowest of them.
+
+    What a plan may be over a policy's peak is in the budget, so that a plan so far over is not planned again.
+    """
     hand = {name: rows[name] for name in POLICIES if rows.get(name, {}).get("temp_bytes") is not None}
-    found = {f"memopt@{name}": (row["peak_bytes"], row["target"]) for name, row in hand.items()}
+    found = {f"memopt@{name}": (int(PEAK_SLACK * row["peak_bytes"]), row["target"]) for name, row in hand.items()}
     if hand:
         lowest = min(hand.values(), key=lambda row: row["peak_bytes"])
         for share in BELOW:
