@@ -17,8 +17,8 @@ def test_budgets_are_the_policies_peaks_and_two_below_the_lowest():
     rows = {name: row(name, peak, 0, target="t") for name, peak in (("nothing", 1000), ("dots", 3000))}
     found = pareto.budgets(rows | {"plain": row("plain", 9000, 0, target="t")})
     assert found == {
-        "memopt@nothing": (1005, "t"),
-        "memopt@dots": (3015, "t"),
+        "memopt@nothing": (1004, "t"),
+        "memopt@dots": (3014, "t"),
         "memopt@below10": (910, "t"),
         "memopt@below25": (775, "t"),
     }
