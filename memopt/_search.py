@@ -30,7 +30,7 @@ _STEEP = 8  # power of a segment's share of the peak by which its price falls
 _DEAR = 0.1  # share of a plan's repeated FLOPs from which one operation's are looked at by themselves
 _DEAREST, _TRIED = 2, 5_000  # how many of those: at least, and times the operations of the step
 _FILLS, _LEAST_FILLS = 40, 6  # plans tried between neighbours on the hull, and for the longest steps
-_FILLED = 60_000  # operations built for them in all
+_FILLED = 20_000  # operations built for them in all
 _BISECTIONS = 10  # prices tried for one cut with varied costs
 _VARIED = 0.5  # standard deviation of the logarithm of a varied cost
 
