@@ -110,7 +110,7 @@ class Graph:
         inputs = tuple(None if isinstance(v, c.Literal) else region.env[v] for v in eqn.invars)
         key = None if eqn.effects else _number_key(eqn, inputs)
         for table in tables if key is not None else ():
-            if key in table:
+            if key in table and self._has_all(table[key], eqn):
                 region.env.update(zip(eqn.outvars, table[key], strict=True))
                 region.changed = True
                 self._twin(region, eqn, table[key])
@@ -128,6 +128,11 @@ class Graph:
         maker = self.values[outputs[0]].op if outputs else None
         if maker is not None:
             maker.twins.append((region.id, eqn))
+
+    def _has_all(self, outputs: tuple[int, ...], eqn: Any) -> bool:
+        """Whether an equal computation made earlier did not drop a result that this one hands on."""
+        pairs = zip(outputs, eqn.outvars, strict=True)
+        return not any(isinstance(self.values[o].var, c.DropVar) and not isinstance(v, c.DropVar) for o, v in pairs)
 
     def _bodies(self, region: Region, op: Op) -> None:
         name = op.eqn.primitive.name

@@ -147,7 +147,7 @@ def _total(closed: jex.ClosedJaxpr) -> Callable[..., Any]:
     def total(*xs):
         results = jex.jaxpr_as_fun(closed)(*xs)
         floats = [y for y in results if jnp.issubdtype(y.dtype, jnp.floating)]
-        return sum((jnp.sum(jnp.sin(y.astype(jnp.float32))) for y in floats), jnp.float32(0))
+        return sum((jnp.sum(jnp.sin(jnp.asarray(y).astype(jnp.float32))) for y in floats), jnp.float32(0))
     return total
 
 

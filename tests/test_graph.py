@@ -77,3 +77,14 @@ def test_a_kernel_is_atomic():
     graph = graph_of(pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((4, 4), jnp.float32), interpret=True), X)
     (op,) = (op for op in graph.ops if op.eqn.primitive.name == "pallas_call")
     assert not op.bodies and count(graph, "sin") == 0
+
+
+def test_a_result_that_the_first_of_two_equal_computations_drops_is_kept():
+    def function(x):
+        largest, _ = jax.lax.top_k(x, 2)
+        _, places = jax.lax.top_k(x, 2)
+        return largest, places
+
+    closed = jax.make_jaxpr(function)(jnp.arange(5.0))
+    graph = _graph.Graph(closed)
+    assert not any(isinstance(graph.values[v].var, c.DropVar) for v in graph.top.outs)
