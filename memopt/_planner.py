@@ -18,9 +18,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _pairs, _search, _split
+from memopt import _pairs, _saved, _search, _split, _step
+from memopt._fingerprint import fingerprint
 from memopt._local import Shardings
 from memopt._plan import Plan
+from memopt._plans import Plans
 from memopt._search import Rung, Search
 from memopt._step import Step
 
@@ -67,7 +69,7 @@ class Ladder:
             decisions=tuple(rows),
             notes=(*step.notes, *dict.fromkeys(f"{x.what} was left as it was: {x.why}." for x in step.left)),
             target=str(step.target),
-            fingerprint=self.step.fingerprint,
+            fingerprint=step.fingerprint,
             repeats={place: tuple(sorted(ops)) for place, ops in sorted(rung.choice.repeats.items())},
             variant=step.variant_key,
             stores={value: store.name for value, store in sorted(rung.choice.stores.items())},
@@ -155,7 +157,7 @@ def _variants(step: Step, plain: Rung, rungs: Sequence[Rung]) -> list[_split.Var
 
 def ladder_of_plan(
     closed: Any,
-    plan: Plan,
+    plan: Plan | Plans,
     *,
     donated: Sequence[bool],
     target: Any,
@@ -163,14 +165,16 @@ def ladder_of_plan(
     scopes: Any = None,
     shardings: Shardings | None = None,
 ) -> Ladder:
-    """Return the ladder of one saved plan, applied without planning.
+    """Return the ladder of one saved plan, applied without planning: of several the one that was made for this step.
 
     Raises:
-      ValueError: the plan was made for another step, target, JAX version or set of passes.
+      ValueError: the plan was made for another step, target, JAX version or set of passes, or it is damaged.
     """
     start = time.perf_counter()
-    variant = _split.Variant(plan.variant[0], tuple(plan.variant[1]), *plan.variant[2:]) if plan.variant else None
-    step = Step(closed, target, passes, None, shardings, variant)
+    written = Step(closed, target, (), None, shardings)
+    start += written.compile_seconds
+    plan = Plans.of(plan).choose(fingerprint(closed, target, passes, written.local))
+    step = Step(closed, target, passes, None, shardings, _variant_of(plan, closed, target, passes))
     start += step.compile_seconds
     plan.check_fingerprint(step.fingerprint)
     plain = _search.plain_rung(step, donated)
@@ -179,3 +183,13 @@ def ladder_of_plan(
     search = Search(step, donated, plain)
     rung = search.score(step.choice_of(plan))
     return Ladder([rung], step, time.perf_counter() - start)
+
+
+def _variant_of(plan: Plan, closed: Any, target: Any, passes: Sequence[Any]) -> _split.Variant | None:
+    """Return how a saved plan divides the loops of this step."""
+    if not plan.variant:
+        return None
+    variant = _split.Variant(plan.variant[0], tuple(plan.variant[1]), *plan.variant[2:])
+    if variant not in _split.candidates(_step.flat(closed, passes)):
+        raise _saved.damaged("variant", f"is {plan.variant}, and no loop of this step can be divided so")
+    return variant

@@ -13,13 +13,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _cost, _forms, _inline, _narrow, _sink, _specs, _split
+from memopt import _cost, _forms, _inline, _narrow, _saved, _segments, _sink, _specs, _split
 from memopt._contract import Left, Repeat, Store
 from memopt._decisions import Names, decisions, settle
+from memopt._fingerprint import fingerprint, graph_digest
 from memopt._local import local_shapes
 from memopt._network import Choice
-from memopt._plan import Decision, Plan, fingerprint
+from memopt._plan import Decision, Plan
 from memopt._survey import Survey
+
+
+def flat(closed: Any, passes: Sequence[Any]) -> Any:
+    """Return a step without plain calls and dead code, as it is surveyed where no loop of it is divided."""
+    respect = any(getattr(p, "respect_checkpoint", False) for p in passes)
+    inlined = _inline.inline(closed, respect_checkpoint=respect)
+    return _narrow.narrow(_sink.sink(c.close(c.dce(inlined)[0], c.jaxpr_consts(inlined))))
 
 
 class Step:
@@ -52,10 +60,8 @@ class Step:
     @functools.cached_property
     def flat(self) -> Any:
         """The step without plain calls and dead code, its loops divided; None where they cannot be."""
-        respect = any(getattr(p, "respect_checkpoint", False) for p in self.passes)
-        flat = _inline.inline(self.closed, respect_checkpoint=respect)
-        flat = _narrow.narrow(_sink.sink(c.close(c.dce(flat)[0], c.jaxpr_consts(flat))))
-        return flat if self.variant is None else _split.apply_variant(flat, self.variant)
+        flat_step = flat(self.closed, self.passes)
+        return flat_step if self.variant is None else _split.apply_variant(flat_step, self.variant)
 
     @property
     def variant_key(self) -> tuple:
@@ -100,16 +106,22 @@ class Step:
         """Return the choice that a saved plan holds.
 
         Raises:
-          ValueError: no pass proposes a form that the plan stores a value in.
+          ValueError: its numbers mean nothing in this step, or no pass proposes a form that it stores a value in.
         """
         forms = {(store.value, store.name): store for store in self.stores}
-        missing = sorted({name for value, name in plan.stores.items() if (value, name) not in forms})
-        if missing:
-            raise ValueError(f"The saved plan stores a value as {missing[0]!r}, which no pass proposes. Plan again.")
+        _saved.check_numbers(
+            plan.repeats,
+            plan.stores,
+            places=range(self.survey.bins),
+            repeatable=self.repeatable,
+            forms=frozenset(forms),
+            alone=_segments.ALONE,
+        )
         repeats = {place: frozenset(ops) for place, ops in plan.repeats.items()}
         return Choice(repeats, {value: forms[value, name] for value, name in plan.stores.items()})
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
         """What a saved plan of this step is good for."""
-        return fingerprint(self.closed, self.target, self.passes, self.local)
+        found = fingerprint(self.closed, self.target, self.passes, self.local)
+        return found if self.survey is None else {**found, "graph": graph_digest(self.survey.graph)}
