@@ -30,8 +30,14 @@ class Bits:
         """Offer every array of bools whose last axis is a multiple of eight."""
         for value in survey.graph.values:
             if value.aval.dtype == bool and value.aval.size and value.aval.shape[-1:] and value.aval.shape[-1] % 8 == 0:
-                yield Store(value.id, 1e-9, value.aval.size // 8, functools.partial(jnp.packbits, axis=-1),
-                            lambda bits: jnp.unpackbits(bits, axis=-1).astype(bool), name="bits")
+                yield Store(
+                    value.id,
+                    1e-9,
+                    value.aval.size // 8,
+                    functools.partial(jnp.packbits, axis=-1),
+                    lambda bits: jnp.unpackbits(bits, axis=-1).astype(bool),
+                    name="bits",
+                )
 
 
 @dataclasses.dataclass(frozen=True)
