@@ -64,6 +64,7 @@ class Plan:
       repeats: the plan itself: time segment -> numbers of the operations that are run again there.
       stores: and value -> the form that it is kept in.
       variant: how loops were divided before planning.
+      rewrites: names of the passes that rewrote the step before planning.
 
     Example:
       >>> import jax, jax.numpy as jnp, memopt
@@ -91,6 +92,7 @@ class Plan:
     repeats: Mapping[int, tuple[int, ...]]
     stores: Mapping[int, str] = dataclasses.field(default_factory=dict)
     variant: tuple[int, ...] = ()
+    rewrites: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Return the plan as a JSON string, for `Plan.from_json`."""

@@ -109,10 +109,11 @@ class Plans:
             return found[-1]
         if len(self.plans) == 1:
             self.plans[0].check_fingerprint(fingerprint)
+        asked = fingerprint.get("arguments", "")
         nearest = max(self.plans, key=lambda plan: _agreement(plan.fingerprint, fingerprint))
         raise ValueError(
             f"None of the {len(self.plans)} saved plans is for this call; of the nearest one, "
-            f"{difference(nearest.fingerprint, fingerprint)}. Saved are plans for {self._signatures(fingerprint.get('arguments', ''))}. "
+            f"{difference(nearest.fingerprint, fingerprint)}. Saved are plans for {self._signatures(asked)}. "
             "Plan this call without plan=, and save its plan with the others in memopt.Plans."
         )
 

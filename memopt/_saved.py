@@ -158,5 +158,6 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str, Callable[[Any], Any]]] = {
     "fingerprint": (_is_table(_is_text, bool), "a table of texts", _same),
     "repeats": (_is_table(_is_list(_is_count), _is_written_count), "a table of lists of operations", _numbered),
     "stores": (_is_table(_is_text, _is_written_count), "a table of forms", _numbered),
+    "rewrites": (_is_list(_is_text), "a list of passes", tuple),
     "variant": (_is_variant, "empty or the kind, path, block and levels of a divided loop", _tupled),
 }
