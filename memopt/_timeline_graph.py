@@ -53,6 +53,7 @@ class Graph:
         self.inputs: list[int] = []
         self.outputs: list[int] = []
         self.forced: set[int] = set()
+        self.pinned: dict[int, int] = {}  # values that are made before this operation, as a barrier there asks
         self.number: dict[Any, int] = {}
         self.padding: dict[int, float] = {}  # bytes in memory over bytes, where a kernel asks for a layout
 
@@ -181,6 +182,7 @@ def _alias(graph: Graph, eqn: Any, env: dict[Any, int], ins: list[int], name: st
         env[var] = value
         if name == "optimization_barrier":
             graph.forced.add(value)
+            graph.pinned.setdefault(value, len(graph.ops))
         elif name != "random_wrap" and name != "random_unwrap":
             graph.bytes[value] = _view_bytes(graph, value, buffer_bytes(var.aval, graph.platform))
     return True
