@@ -13,7 +13,7 @@ from memopt import _eager, _narrow, _onehot, _sink, _transposes
 
 
 def prepare(closed: Any) -> Any:
-    """Return an equal flat closed jaxpr: constants sunk, reads before casts, comparisons for scatters, early updates."""
+    """Return an equal flat closed jaxpr that holds less."""
     for preparation in (_sink.sink, _onehot.onehot, _narrow.narrow, _transposes.fold):
         closed = preparation(closed)
     return _eager.eager(c.close(c.dce(closed)[0], c.jaxpr_consts(closed)))

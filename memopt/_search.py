@@ -82,13 +82,15 @@ class Search:
         self.plain = plain
         self.seen: dict[Any, Rung] = {}
         self.undone_seconds = 0.0
-        kept = self.score(Choice({}))
-        self.undone_seconds = step.baseline_seconds - step.seconds(kept.closed)
-        kept.seconds -= self.undone_seconds
+        self.kept = self.score(Choice({}))
+        self.undone_seconds = step.baseline_seconds - step.seconds(self.kept.closed)
+        self.kept.seconds -= self.undone_seconds
+        if self.always:
+            self.seen.clear()  # what the user asked to run again is run again in every plan
 
     def run(self, *, refined: bool = True) -> list[Rung]:
         """Return all plans that were found; without `refined` those of the sweep alone."""
-        usage = self.usage(self.score(Choice({})))
+        usage = self.usage(self.kept)
         self.network = Network(
             self.survey, self.repeatable, usage > _HOT * usage.max(initial=0), self.step.always, self.step.stores
         )
