@@ -8,13 +8,14 @@ budget is the planner's business.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
 
-from memopt import _apply, _cost, _segments, _timeline
+from memopt import _apply, _cost, _segments, _settled, _timeline
 from memopt import _compat as c
 from memopt._network import Choice, Network
 from memopt._refine import holding, refine
@@ -81,6 +82,7 @@ class Search:
         self.donated = donated
         self.plain = plain
         self.seen: dict[Any, Rung] = {}
+        self.cache: dict | None = {} if step.local is None else None  # what the timelines of its plans share
         self.undone_seconds = 0.0
         kept = self.score(Choice({}))
         self.undone_seconds = step.baseline_seconds - step.seconds(kept.closed)
@@ -223,7 +225,9 @@ class Search:
         if key not in self.seen:
             closed, bins = _apply.apply(self.survey.graph, choice.repeats, choice.stores)
             local = self.step.local
-            timeline = _timeline.simulate(closed, donated=self.donated, target=self.survey.target, local=local)
+            timeline = _timeline.simulate(
+                closed, donated=self.donated, target=self.survey.target, cache=self.cache, local=local
+            )
             flops = _cost.matmul_flops(closed) - self.step.baseline_flops
             seconds = self._seconds(choice) - self.undone_seconds
             self.seen[key] = Rung(closed, timeline.peak_bytes, seconds, flops, choice, timeline, self.step, price, bins)
@@ -239,7 +243,8 @@ class Search:
     def usage(self, rung: Rung) -> np.ndarray:
         """Return the largest predicted bytes of temporaries in each time segment."""
         usage = np.zeros(self.survey.bins)
-        _spread(c.open_jaxpr(rung.closed), rung.timeline, 0, rung.bins, usage)
+        bins = collections.ChainMap(rung.bins, _settled.tables(self.survey.graph)[1])
+        _spread(c.open_jaxpr(rung.closed), rung.timeline, 0, bins, usage)
         return usage
 
 
