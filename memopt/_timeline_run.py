@@ -152,10 +152,12 @@ class Run:
         self.buffers, self.span = [], {}
         self.length = self.emit(self.buffers, 0, aliased)
         self.live = live_bytes(self.buffers, self.length)
-        self.usage = np.zeros(self.count, np.int64)
+        usage, live, ops = [0] * self.count, self.live, self.graph.ops
         for index, (low, high) in self.span.items():
-            top = self.graph.ops[index].top
-            self.usage[top] = max(self.usage[top], max(self.live[low : high + 1]))
+            top, most = ops[index].top, live[low] if low == high else max(live[low : high + 1])
+            if most > usage[top]:
+                usage[top] = most
+        self.usage = np.asarray(usage, np.int64)
 
     def emit(self, out: list[Buffer], start: int, aliased: Sequence[bool] = ()) -> int:
         """Add this computation's buffers from time `start` on; return the time at which it ends."""
