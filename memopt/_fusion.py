@@ -163,17 +163,18 @@ class Fusion:
     def _base_of(self, op: tg.Op) -> None:
         sizes, base, outs = self.graph.bytes, self.base, op.outs
         size = sizes[outs[0]]
-        found = set()
+        found: list[int] = []
         for v in op.ins:
-            if v >= 0 and base[v] >= 0 and sizes[base[v]] * 16 > size:
-                found.add(base[v])
+            source = base[v] if v >= 0 else FREE
+            if source >= 0 and sizes[source] * 16 > size and source not in found:
+                found.append(source)
         if op.name == "sub" and self._ends_softmax(op):
             return
         for out in outs:
             if not found:
                 base[out] = FREE
-            elif len(found) == 1 and sizes[next(iter(found))] <= size:
-                base[out] = next(iter(found))
+            elif len(found) == 1 and sizes[found[0]] <= size:
+                base[out] = found[0]
             else:
                 self.mix[out] = tuple(sorted({source for v in found for source in self.mix.get(v, (v,))}))
 
@@ -238,25 +239,25 @@ class Fusion:
         last, need, all_out = -1, -1, True
         for reader in self.graph.uses[value]:
             op = ops[reader]
-            outs, fused = op.outs, ()
-            root = True
-            if op.name in ELEMENTWISE:
-                fused = [v for v in outs if v not in stored or v in copies]
-                root = len(fused) < len(outs) or not stored.isdisjoint(outs)
-            if root:
+            outs = op.outs
+            through = op.name in ELEMENTWISE
+            if not through or not stored.isdisjoint(outs):
                 found.append(reader)
-                last = max(last, runs.get(reader, reader))
-                need = max(need, runs.get(reader, -1))
+                late = runs.get(reader, -1)
+                last, need = max(last, reader if late < 0 else late), max(need, late)
                 for v in outs:
-                    need = max(need, ready[v])
+                    if ready[v] > need:
+                        need = ready[v]
                     all_out = all_out and v in self.outputs
-            for v in fused:
-                found += self.roots[v]
-                last, need = max(last, self.last[v]), max(need, self.need[v])
-                all_out = all_out and self.all_out[v]
+            if through:
+                for v in outs:
+                    if v not in stored or v in copies:
+                        found += self.roots[v]
+                        last, need = max(last, self.last[v]), max(need, self.need[v])
+                        all_out = all_out and self.all_out[v]
         if value in self.outputs and value not in self.written:
             last = self.end
-        self.roots[value] = tuple(sorted(set(found))[:3]) if len(found) > 1 else tuple(found)
+        self.roots[value] = tuple(found if len(found) < 2 else sorted(set(found))[:3])
         self.last[value], self.need[value], self.all_out[value] = last, need, all_out and bool(found)
 
     def _needs_buffer(self, op: tg.Op, index: int, value: int) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,15 +37,13 @@ class Fact:
     """What is known of an equation by itself, whatever it reads; `call` is the body that is dissolved, or None."""
 
     eqn: Any
+    primitive: Any
+    aval: Any  # of its first result
     name: str
     call: Any
     renames: bool
     bodies: tuple[Any, ...]
     results: tuple[tuple[Any, int, bool], ...]  # aval, bytes, whether it is float32
-
-    def holds_for(self, eqn: Any) -> bool:
-        """Whether `eqn`, which has the parameters of the equation looked at, is that equation over other variables."""
-        return eqn.primitive is self.eqn.primitive and eqn.outvars[0].aval is self.results[0][0]
 
 
 @dataclasses.dataclass(slots=True)
@@ -122,8 +121,7 @@ def flatten(jaxpr: Any, platform: str, facts: dict[int, Fact] | None = None) -> 
     for var in [*jaxpr.constvars, *jaxpr.invars]:
         env[var] = graph.new(var.aval, -1)
         graph.inputs.append(env[var])
-    for index, eqn in enumerate(jaxpr.eqns):
-        _add(graph, eqn, env, index, "")
+    _add(graph, jaxpr.eqns, env, "")
     graph.outputs = [_read(env, v) for v in jaxpr.outvars]
     graph.number = env
     _mark_live(graph)
@@ -152,42 +150,45 @@ def _read(env: dict[Any, int], atom: Any) -> int:
 
 
 def _fact(graph: Graph, eqn: Any) -> Fact:
-    """Return what is known of an equation; looked at once for all equations that differ in their variables alone."""
-    found = graph.facts.get(id(eqn.params))
-    if found is not None and found.holds_for(eqn):
-        return found
+    """Look at an equation, once for all that have its parameters and differ in their variables alone."""
     name, inside = eqn.primitive.name, tuple(bodies(eqn))
     call = inside[0] if name in INLINED and inside and len(inside[0].outvars) == len(eqn.outvars) else None
     avals = [v.aval for v in eqn.outvars]
     results = tuple((a, buffer_bytes(a, graph.platform), getattr(a, "dtype", "") == _FLOAT32) for a in avals)
-    new = Fact(eqn, name, call, name in ALIASES or _only_renames(eqn), inside, results)
+    renames = name in ALIASES or _only_renames(eqn)
+    new = Fact(eqn, eqn.primitive, avals[0] if avals else None, name, call, renames, inside, results)
     if len(results) == 1 and not inside:
         graph.facts[id(eqn.params)] = new  # it keeps the parameters, so their id stays their own
     return new
 
 
-def _add(graph: Graph, eqn: Any, env: dict[Any, int], top: int, path: str) -> None:
-    fact = _fact(graph, eqn)
-    ins = [-1 if type(a) is _Literal else env[a] for a in eqn.invars]
-    if fact.call is not None:
-        _inline(graph, eqn, fact.call, env, ins, top, path)
-        return
-    if fact.renames and _alias(graph, eqn, fact, env, ins):
-        return
-    place, outs = len(graph.ops), []
-    for var, (aval, size, wide) in zip(eqn.outvars, fact.results, strict=True):
-        env[var] = value = len(graph.avals)
-        graph.avals.append(aval)
-        graph.bytes.append(size)
-        graph.maker.append(place)
-        graph.uses.append([])
-        if wide:
-            graph.wide.append(value)
-        outs.append(value)
-    op = Op(fact.name, eqn, top, path, ins, outs, fact.bodies)
-    graph.ops.append(op)
-    if graph.platform == "tpu" and (fact.name == "dot_general" or graph.padding):
-        _lay_out(graph, op)
+def _add(graph: Graph, eqns: Sequence[Any], env: dict[Any, int], path: str, top: int | None = None) -> None:
+    """Add equations in order; those of a dissolved call have its equation, `top`, and its path."""
+    facts, ops, avals, sizes, maker, uses = graph.facts, graph.ops, graph.avals, graph.bytes, graph.maker, graph.uses
+    for index, eqn in enumerate(eqns):
+        place, results = index if top is None else top, eqn.outvars
+        fact = facts.get(id(eqn.params))
+        if fact is None or fact.primitive is not eqn.primitive or fact.aval is not results[0].aval:
+            fact = _fact(graph, eqn)
+        ins = [-1 if type(a) is _Literal else env[a] for a in eqn.invars]
+        if fact.call is not None:
+            _inline(graph, eqn, fact.call, env, ins, place, path)
+            continue
+        if fact.renames and _alias(graph, eqn, fact, env, ins):
+            continue
+        number, outs = len(ops), []
+        for var, (aval, size, wide) in zip(results, fact.results, strict=True):
+            env[var] = value = len(avals)
+            outs.append(value)
+            avals.append(aval)
+            sizes.append(size)
+            maker.append(number)
+            uses.append([])
+            if wide:
+                graph.wide.append(value)
+        ops.append(Op(fact.name, eqn, place, path, ins, outs, fact.bodies))
+        if graph.platform == "tpu" and (graph.padding or fact.name == "dot_general"):
+            _lay_out(graph, ops[number])
 
 
 def _lay_out(graph: Graph, op: Op) -> None:
@@ -262,8 +263,7 @@ def _inline(graph: Graph, eqn: Any, body: Any, env: dict, ins: list[int], top: i
         inner[var] = graph.new(var.aval, -2)
     graph.forced.update(_behind_barrier(eqn, ins))
     stack = "/".join(p for p in (path, str(eqn.source_info.name_stack)) if p)
-    for sub in body.eqns:
-        _add(graph, sub, inner, top, stack)
+    _add(graph, body.eqns, inner, stack, top)
     for var, atom in zip(eqn.outvars, body.outvars, strict=True):
         value = _read(inner, atom)
         env[var] = value if value >= 0 else graph.new(var.aval, -2)
