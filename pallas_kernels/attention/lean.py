@@ -139,7 +139,9 @@ def bias_gradient(
         ds = _gradient_tile(spec, p, saved, i, j)[2]
         summed = tuple(axis for axis in range(5) if p.bias.shape[axis] == 1)
         ds = ds.sum(axis=summed, keepdims=True)
-        start = (0, 0, 0, i * p.blocks[0] if p.bias.shape[3] > 1 else 0, j * p.blocks[1] if p.bias.shape[4] > 1 else 0)
+        row = i * p.blocks[0] if p.bias.shape[3] > 1 else jnp.int32(0)
+        column = j * p.blocks[1] if p.bias.shape[4] > 1 else jnp.int32(0)
+        start = (*[jnp.int32(0)] * 3, row, column)
         old = lax.dynamic_slice(carry, start, ds.shape)
         return lax.dynamic_update_slice(carry, old + ds, start), None
 
@@ -154,13 +156,13 @@ def bias_gradient(
 def _forward_block(spec: Spec, p: _Problem, carry, block):
     (i, j), (top, total, acc) = block, carry
     scores, _, _, v = _scores(spec, p, i, j)
-    start = (0, 0, 0, i * p.blocks[0])
-    old_acc = lax.dynamic_slice_in_dim(acc, start[3], p.blocks[0], 3)
+    start = i * p.blocks[0]
+    old_acc = lax.dynamic_slice_in_dim(acc, start, p.blocks[0], 3)
     if spec.kind == "sigmoid":
         weights = tiles.sigmoid(spec, scores) * _factors(spec, p, i, j, scores.dtype)
-        return top, total, lax.dynamic_update_slice(acc, old_acc + _weigh(weights, v), (*start, 0))
-    old_top = lax.dynamic_slice_in_dim(top, start[3], p.blocks[0], 3)
-    old_total = lax.dynamic_slice_in_dim(total, start[3], p.blocks[0], 3)
+        return top, total, lax.dynamic_update_slice_in_dim(acc, old_acc + _weigh(weights, v), start, 3)
+    old_top = lax.dynamic_slice_in_dim(top, start, p.blocks[0], 3)
+    old_total = lax.dynamic_slice_in_dim(total, start, p.blocks[0], 3)
     new_top = jnp.maximum(old_top, scores.max(axis=-1))
     weights = jnp.exp(scores - new_top[..., None])
     shrink = jnp.exp(old_top - new_top)
@@ -168,9 +170,9 @@ def _forward_block(spec: Spec, p: _Problem, carry, block):
     weights = weights * _factors(spec, p, i, j, scores.dtype)
     new_acc = old_acc * shrink[..., None] + _weigh(weights, v)
     return (
-        lax.dynamic_update_slice(top, new_top, start),
-        lax.dynamic_update_slice(total, new_total, start),
-        lax.dynamic_update_slice(acc, new_acc, (*start, 0)),
+        lax.dynamic_update_slice_in_dim(top, new_top, start, 3),
+        lax.dynamic_update_slice_in_dim(total, new_total, start, 3),
+        lax.dynamic_update_slice_in_dim(acc, new_acc, start, 3),
     )
 
 
@@ -178,13 +180,13 @@ def _backward_block(spec: Spec, p: _Problem, saved, carry, block):
     (i, j), (dq, dk, dv) = block, carry
     q, k, ds, slope, weights, cotangent = _gradient_tile(spec, p, saved, i, j)
     ds = ds if slope is None else ds * slope
-    row, column = (0, 0, 0, i * p.blocks[0], 0), (0, 0, j * p.blocks[1], 0)
+    row, column = i * p.blocks[0], j * p.blocks[1]
     wide = ds.dtype
     ds = ds.astype(q.dtype)
     more_q = jnp.einsum("bkgqs,bksd->bkgqd", ds, k, preferred_element_type=wide)
     more_k = jnp.einsum("bkgqs,bkgqd->bksd", ds, q, preferred_element_type=wide)
     more_v = jnp.einsum("bkgqs,bkgqd->bksd", weights.astype(cotangent.dtype), cotangent, preferred_element_type=wide)
-    return _add(dq, more_q, row), _add(dk, more_k, column), _add(dv, more_v, column)
+    return _add(dq, more_q, row, 3), _add(dk, more_k, column, 2), _add(dv, more_v, column, 2)
 
 
 def _gradient_tile(spec: Spec, p: _Problem, saved, i, j):
@@ -252,9 +254,9 @@ def _weigh(weights, v):
     return jnp.einsum("bkgqs,bksd->bkgqd", weights.astype(v.dtype), v, preferred_element_type=weights.dtype)
 
 
-def _add(whole, part, start):
-    old = lax.dynamic_slice(whole, start, part.shape)
-    return lax.dynamic_update_slice(whole, old + part, start)
+def _add(whole, part, start, axis: int):
+    old = lax.dynamic_slice_in_dim(whole, start, part.shape[axis], axis)
+    return lax.dynamic_update_slice_in_dim(whole, old + part, start, axis)
 
 
 def _tile(x, p: _Problem, i, j):

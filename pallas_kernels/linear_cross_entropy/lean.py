@@ -103,7 +103,7 @@ def _walk(step, carry, vocab: int, chunk: int):
     """Run `step(carry, first, size)` over all slices of the vocabulary."""
     count, tail = divmod(vocab, chunk)
     if count:
-        firsts = jnp.arange(count, dtype=jnp.int32) * chunk
+        firsts = jnp.arange(0, count * chunk, chunk, dtype=jnp.int32)
         carry, _ = lax.scan(lambda carry, first: (step(carry, first, chunk), None), carry, firsts)
     return step(carry, jnp.int32(count * chunk), tail) if tail else carry
 
@@ -136,5 +136,4 @@ def _accumulate(spec: Spec, carry, grad, hidden, part, first):
     dhidden = dhidden + lax.dot_general(grad, part, contract, preferred_element_type=wide)
     pair = (hidden, grad) if spec.vocab_axis else (grad, hidden)
     new = lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=wide).astype(dweight.dtype)
-    start = (0, first) if spec.vocab_axis else (first, 0)
-    return dhidden, lax.dynamic_update_slice(dweight, new, start)
+    return dhidden, lax.dynamic_update_slice_in_dim(dweight, new, first, spec.vocab_axis)
