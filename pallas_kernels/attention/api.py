@@ -141,7 +141,7 @@ def attention(
     )
     bias = _four(bias, "bias", q, k)
     out = _dispatch(spec, implementation, blocks, interpret, (q, k, v, bias, extras))
-    return out if masked_rows == "zero" else _mean_where_masked(spec, out, v, extras)
+    return out if masked_rows == "zero" else mean_where_masked(spec, out, v, extras)
 
 
 def problem(form: Form, spec: Spec, q: Any, k: Any, v: Any, bias: Any, extras: Extras) -> str | None:
@@ -228,7 +228,8 @@ def _served(name: Implementation, spec: Spec, operands) -> Form | None:
     return None if why else form
 
 
-def _mean_where_masked(spec: Spec, out, v, extras: Extras):
+def mean_where_masked(spec: Spec, out, v, extras: Extras):
+    """Return the output with the mean of all values in the rows that have no allowed key."""
     keep = reference.mask(spec, extras, out.shape[1], v.shape[1])
     if keep is None:
         return out
