@@ -17,6 +17,7 @@ from memopt.passes._match_dims import Atom, Axes, Small, Unsupported
 
 _LAYOUT = frozenset({"convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim", "reduce_precision"})
 _PLAIN = frozenset({"name", "copy", "copy_p", "stop_gradient", "optimization_barrier"})
+_MIXED = frozenset({"mul", "div", "add", "sub", "select_n"})
 FILLED = -1e4  # a score of at most this stands for a hidden pair
 
 
@@ -76,8 +77,7 @@ def find(space: Space) -> Iterator[tuple[Node, Found | str]]:
         if exponential is None:
             continue
         scores_value = _unshifted(space, exponential)
-        products = [reader for reader in _products(space, node.outs[0])]
-        if not products or _reaches(space, scores_value) is None:
+        if _reaches(space, scores_value) is None or not any(_products(space, node.outs[0], _LAYOUT | _PLAIN | _MIXED)):
             continue
         try:
             found = _examine(space, node, scores_value)
@@ -126,13 +126,13 @@ def _stripped(space: Space, value: int) -> int:
     return value
 
 
-def _products(space: Space, value: int) -> Iterator[Node]:
-    """Yield the products that read a value, also through copies in another layout or precision."""
+def _products(space: Space, value: int, through: frozenset[str] = _LAYOUT | _PLAIN) -> Iterator[Node]:
+    """Yield the products that read a value, also through some operations: by default copies in another layout."""
     for node in space.readers.get(value, ()):
         if node.name == "dot_general":
             yield node
-        elif node.name in _LAYOUT | _PLAIN:
-            yield from _products(space, node.outs[0])
+        elif node.name in through:
+            yield from _products(space, node.outs[0], through)
 
 
 # The scores.

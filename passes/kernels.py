@@ -25,7 +25,7 @@ from memopt.passes._match import FIRST, OUTER, SECOND, Node, Space
 class Kernels:
     """Replace naive attention by kernels that never hold the scores: on TPU and GPU by Pallas, else by pure JAX.
 
-    Memory: output and one float a row and head are kept for the backward pass, in place of scores, weights and masks.
+    Memory: output and two floats a row and head are kept for the backward pass, in place of scores, weights and masks.
     Cost: the backward pass computes the scores again, blocks that a causal or windowed mask hides are skipped. Exact:
     only sums are reassociated, and roundings of scores to half precision are dropped.
 

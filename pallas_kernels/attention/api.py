@@ -66,7 +66,7 @@ def attention(
 ) -> jax.Array:
     """Compute exact attention with memory linear in the length, forward and backward.
 
-    Memory: the output and one float32 a row and head are kept for the backward pass; scores exist one tile at a time.
+    Memory: the output and two float32 a row and head (its log-sum-exp, in two parts) are kept for the backward pass; scores exist one tile at a time.
     Cost: the backward pass computes the scores again. Blocks that `is_causal`, `local_window_size` or `block_mask` hide
     are skipped.
 
@@ -169,7 +169,7 @@ def run(form: Form, spec: Spec, q, k, v, bias, extras: Extras):
 
 
 def forward(form: Form, spec: Spec, q, k, v, bias, extras: Extras) -> tuple[jax.Array, jax.Array]:
-    """Return the output and the log-sum-exp of each row, `[batch, heads, queries]`."""
+    """Return the output and the log-sum-exp of each row in two parts, see `lean.forward`."""
     if form.name == "tpu":
         return tpu.forward(spec, q, k, v, bias, extras, form.blocks, form.interpret)
     if form.name == "gpu":

@@ -63,18 +63,18 @@ def forward(
         ],
         out_specs=[
             pl.BlockSpec((None, None, block_q, v.shape[3]), lambda b, h, i: (b, h, i, 0)),
-            pl.BlockSpec((None, None, block_q), lambda b, h, i: (b, h, i)),
+            pl.BlockSpec((None, None, 2, block_q), lambda b, h, i: (b, h, 0, i)),
         ],
         out_shape=(
             jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
-            jax.ShapeDtypeStruct(q.shape[:3], jnp.float32),
+            jax.ShapeDtypeStruct((*q.shape[:2], 2, q.shape[2]), jnp.float32),
         ),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
         interpret=interpret,
         name="memopt_attention_forward",
     )
     out, lse = call(q, k, v, *operands)
-    return out[:, :, :queries, :value_dim].swapaxes(1, 2), lse[:, :, :queries]
+    return out[:, :, :queries, :value_dim].swapaxes(1, 2), lse[..., :queries]
 
 
 def backward(
@@ -86,7 +86,7 @@ def backward(
     sizes = (q.shape[2], k.shape[1], block_q, block_k)
     delta = jnp.einsum("bqhd,bqhd->bhq", out, cotangent, preferred_element_type=jnp.float32)
     fill = ((0, 0), (0, 0), (0, -q.shape[1] % block_q))
-    lse, delta = jnp.pad(lse, fill, constant_values=jnp.inf), jnp.pad(delta, fill)
+    lse, delta = jnp.pad(lse, ((0, 0), *fill), constant_values=jnp.inf), jnp.pad(delta, fill)
     operands = (_laid(q, block_q), *(_laid(x, block_k) for x in (k, v)), _laid(cotangent, block_q), lse, delta)
     extra = _extras(spec, extras, bias, block_q, block_k, q.shape[2])
     dq = _query_gradient(spec, sizes, operands, extra, interpret)
@@ -99,11 +99,14 @@ def _query_gradient(spec: Spec, sizes, operands, extra, interpret: bool):
     group, block_q = q.shape[1] // k.shape[1], sizes[2]
     rows = [pl.BlockSpec((None, None, block_q, x.shape[3]), lambda b, h, i: (b, h, i, 0)) for x in (q, v)]
     columns = [pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, i: (b, h // group, 0, 0)) for x in (k, v)]
-    statistic = pl.BlockSpec((None, None, block_q), lambda b, h, i: (b, h, i))
+    statistics = [
+        pl.BlockSpec((None, None, 2, block_q), lambda b, h, i: (b, h, 0, i)),
+        pl.BlockSpec((None, None, block_q), lambda b, h, i: (b, h, i)),
+    ]
     call = pl.pallas_call(
         functools.partial(_query_kernel, spec, sizes, extra[2]),
         grid=(*q.shape[:2], q.shape[2] // block_q),
-        in_specs=[rows[0], *columns, rows[1], statistic, statistic, *(s(lambda b, h, i: (b, h)) for s in extra[1])],
+        in_specs=[rows[0], *columns, rows[1], *statistics, *(s(lambda b, h, i: (b, h)) for s in extra[1])],
         out_specs=rows[0],
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
@@ -119,13 +122,16 @@ def _key_gradients(spec: Spec, sizes, operands, extra, interpret: bool):
     group, block_k = q.shape[1] // k.shape[1], sizes[3]
     rows = [pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, j: (b, h, 0, 0)) for x in (q, operands[3])]
     columns = [pl.BlockSpec((None, None, block_k, x.shape[3]), lambda b, h, j: (b, h // group, j, 0)) for x in (k, v)]
-    statistic = pl.BlockSpec((None, None, q.shape[2]), lambda b, h, j: (b, h, 0))
+    statistics = [
+        pl.BlockSpec((None, None, 2, q.shape[2]), lambda b, h, j: (b, h, 0, 0)),
+        pl.BlockSpec((None, None, q.shape[2]), lambda b, h, j: (b, h, 0)),
+    ]
     dtypes = [x.dtype if group == 1 else jnp.float32 for x in (k, v)]
     shapes = [(q.shape[0], q.shape[1], *x.shape[2:]) for x in (k, v)]
     call = pl.pallas_call(
         functools.partial(_key_kernel, spec, sizes, extra[2]),
         grid=(*q.shape[:2], k.shape[2] // block_k),
-        in_specs=[rows[0], *columns, rows[1], statistic, statistic, *(s(lambda b, h, j: (b, h)) for s in extra[1])],
+        in_specs=[rows[0], *columns, rows[1], *statistics, *(s(lambda b, h, j: (b, h)) for s in extra[1])],
         out_specs=[pl.BlockSpec((None, None, block_k, x.shape[3]), lambda b, h, j: (b, h, j, 0)) for x in (k, v)],
         out_shape=tuple(map(jax.ShapeDtypeStruct, shapes, dtypes)),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
@@ -167,16 +173,17 @@ def _forward_kernel(spec: Spec, sizes, names, q_ref, k_ref, v_ref, *refs):
 
     top, total, acc = lax.fori_loop(*tile.key_blocks(i), step, start)
     if spec.kind == "sigmoid":
-        out_ref[...], lse_ref[...] = acc.astype(out_ref.dtype), total
+        out_ref[...], lse_ref[0, :], lse_ref[1, :] = acc.astype(out_ref.dtype), total, total
         return
     safe = jnp.where(total == 0, 1.0, total)
     out_ref[...] = (acc / safe[:, None]).astype(out_ref.dtype)
-    lse_ref[...] = jnp.where(total == 0, jnp.inf, top + jnp.log(safe))
+    lse_ref[0, :] = top
+    lse_ref[1, :] = jnp.where(total == 0, jnp.inf, jnp.log(safe))
 
 
 def _query_kernel(spec: Spec, sizes, names, q_ref, k_ref, v_ref, cotangent_ref, lse_ref, delta_ref, *refs):
     tile = _Tile(spec, sizes, dict(zip(names, refs[:-1], strict=True)))
-    row = (q_ref[...], cotangent_ref[...], lse_ref[...], delta_ref[...])
+    row = (q_ref[...], cotangent_ref[...], lse_ref[0, :], lse_ref[1, :], delta_ref[...])
     i = pl.program_id(2)
 
     def step(j, acc):
@@ -196,7 +203,7 @@ def _key_kernel(spec: Spec, sizes, names, q_ref, k_ref, v_ref, cotangent_ref, ls
 
     def step(i, carry):
         span = pl.ds(pl.multiple_of(i * tile.block_q, tile.block_q), tile.block_q)
-        row = (q_ref[span, :], cotangent_ref[span, :], lse_ref[span], delta_ref[span])
+        row = (q_ref[span, :], cotangent_ref[span, :], lse_ref[0, span], lse_ref[1, span], delta_ref[span])
         weights, ds = tile.gradients(row, k, v, i, j)
         dk = carry[0] + _dot(ds.T.astype(k.dtype), row[0])
         return dk, carry[1] + _dot(weights.T.astype(v.dtype), row[1])
@@ -251,7 +258,7 @@ class _Tile:
 
     def gradients(self, row, k, v, i, j):
         """Return the weights after dropout and the gradient of the unscaled scores."""
-        q, cotangent, lse, delta = row
+        q, cotangent, top, rest, delta = row
         scores, slope = self.scores(q, k, i, j)
         dweights = _dot(cotangent, v.T)
         factors = self.factors(i, j)
@@ -260,7 +267,7 @@ class _Tile:
             weights = tiles.sigmoid(self.spec, scores)
             ds = weights * (1 - weights) * dweights
         else:
-            weights = jnp.exp(scores - lse[:, None])
+            weights = jnp.exp(scores - top[:, None] - rest[:, None])
             ds = weights * (dweights - delta[:, None])
         return weights if factors is None else weights * factors, ds if slope is None else ds * slope
 

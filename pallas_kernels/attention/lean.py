@@ -49,8 +49,10 @@ def forward(
         blocks: `(block_q, block_k)`, None to choose by shape.
 
     Returns:
-        The output, `[batch, queries, heads, value_dim]`, and the log-sum-exp of each row, `[batch, heads, queries]`,
-        float32 or wider; infinite for a row with no allowed key, zero for sigmoid attention.
+        The output, `[batch, queries, heads, value_dim]`, and the log-sum-exp of each row in two parts, `[batch, heads,
+        2, queries]`, float32 or wider: the row's maximum, and the logarithm of the sum of exponentials relative to it.
+        Their sum would lose the second part where scores are large. For a row with no allowed key the second part is
+        infinite; for sigmoid attention both are zero.
 
     Source: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax"; Rabe and Staats 2021,
     "Self-attention does not need O(n^2) memory"; Dao 2023, "FlashAttention-2".
@@ -69,11 +71,12 @@ def forward(
 
     (top, total, acc), _ = lax.scan(step, start, _list(spec, p, q.shape[1]))
     if spec.kind == "sigmoid":
-        return _by_rows(acc, q.shape[1]).astype(q.dtype), jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), wide)
+        return _by_rows(acc, q.shape[1]).astype(q.dtype), jnp.zeros((q.shape[0], q.shape[2], 2, q.shape[1]), wide)
     empty = total == 0
     out = acc / jnp.where(empty, 1, total)[..., None]
-    lse = jnp.where(empty, jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))
-    lse = lse.reshape(lse.shape[0], -1, lse.shape[3])[:, :, : q.shape[1]]
+    rest = jnp.where(empty, jnp.inf, jnp.log(jnp.where(empty, 1, total)))
+    lse = jnp.stack([top, rest], axis=3)
+    lse = lse.reshape(lse.shape[0], -1, 2, lse.shape[4])[..., : q.shape[1]]
     return _by_rows(out, q.shape[1]).astype(q.dtype), lse
 
 
@@ -191,10 +194,10 @@ def _backward_block(spec: Spec, p: _Problem, saved, carry, block):
 
 def _gradient_tile(spec: Spec, p: _Problem, saved, i, j):
     """Return q's and k's blocks, the gradient of the scores, the cap's slope, the weights and the cotangent's block."""
-    delta, lse, cotangent = saved
+    delta, top, rest, cotangent = saved
     scores, slope, q, v = _scores(spec, p, i, j)
-    lse, delta, cotangent = (
-        lax.dynamic_slice_in_dim(x, i * p.blocks[0], p.blocks[0], 3) for x in (lse, delta, cotangent)
+    top, rest, delta, cotangent = (
+        lax.dynamic_slice_in_dim(x, i * p.blocks[0], p.blocks[0], 3) for x in (top, rest, delta, cotangent)
     )
     factors = _factors(spec, p, i, j, scores.dtype)
     dweights = jnp.einsum("bkgqd,bksd->bkgqs", cotangent, v, preferred_element_type=scores.dtype) * factors
@@ -202,7 +205,7 @@ def _gradient_tile(spec: Spec, p: _Problem, saved, i, j):
         weights = tiles.sigmoid(spec, scores)
         ds = weights * (1 - weights) * dweights
     else:
-        weights = jnp.exp(scores - lse[..., None])
+        weights = jnp.exp(scores - top[..., None] - rest[..., None])
         ds = weights * (dweights - delta[..., None])
     k = lax.dynamic_slice_in_dim(p.k, j * p.blocks[1], p.blocks[1], 2)
     return q, k, ds, slope, weights * factors, cotangent
@@ -291,9 +294,10 @@ def _saved(p: _Problem, out, lse, cotangent):
     wide = lse.dtype
     delta = jnp.einsum("bqhd,bqhd->bhq", out, cotangent, preferred_element_type=wide)
     delta = _pad(delta, 2, pad).reshape(p.q.shape[:4])
-    lse = _pad(lse, 2, pad, jnp.inf).reshape(p.q.shape[:4])  # the weights of padded rows are 0
+    top = _pad(lse[:, :, 0], 2, pad).reshape(p.q.shape[:4])
+    rest = _pad(lse[:, :, 1], 2, pad, jnp.inf).reshape(p.q.shape[:4])  # the weights of padded rows are 0
     cotangent = _pad(cotangent.transpose(0, 2, 1, 3), 2, pad)
-    return delta, lse, cotangent.reshape(*p.q.shape[:4], cotangent.shape[-1])
+    return delta, top, rest, cotangent.reshape(*p.q.shape[:4], cotangent.shape[-1])
 
 
 def _by_rows(x, queries: int):

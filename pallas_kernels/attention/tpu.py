@@ -84,6 +84,8 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """Compute attention in one kernel; arguments and results as in `lean.forward`, `interpret` runs it on a CPU.
 
+    Both parts of the log-sum-exp are in units of log 2 here, the units of the scores inside the kernels.
+
     Source: Dao 2023, "FlashAttention-2", algorithm 1.
     """
     lay = layout(q, k, blocks or block_sizes(q.shape[1], k.shape[1], max(q.shape[3], v.shape[3]), spec))
@@ -92,7 +94,7 @@ def forward(
     operands, specs, names = extra_operands(spec, lay, bias, extras)
     shapes = (
         jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
-        jax.ShapeDtypeStruct((lay.batch, lay.heads, 1, q.shape[2]), jnp.float32),
+        jax.ShapeDtypeStruct((lay.batch, lay.heads, 2, q.shape[2]), jnp.float32),
     )
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3,
@@ -105,7 +107,7 @@ def forward(
         ],
         out_specs=[
             pl.BlockSpec((1, 1, lay.block_q, v.shape[3]), lambda b, h, t, i, j, f: (b, h, i[t], 0)),
-            pl.BlockSpec((1, 1, 1, lay.block_q), lambda b, h, t, i, j, f: (b, h, 0, i[t])),
+            pl.BlockSpec((1, 1, 2, lay.block_q), lambda b, h, t, i, j, f: (b, h, 0, i[t])),
         ],
         scratch_shapes=[
             pltpu.VMEM((1, lay.block_q), jnp.float32),
@@ -123,7 +125,7 @@ def forward(
     )
     flags = flags_of(walk, walk.rows, lay, names)
     out, lse = call(jnp.asarray(walk.rows), jnp.asarray(walk.columns), jnp.asarray(flags), q, k, v, *operands)
-    return out[:, :, : lay.queries].swapaxes(1, 2), lse[:, :, 0, : lay.queries]
+    return out[:, :, : lay.queries].swapaxes(1, 2), lse[..., : lay.queries]
 
 
 def _kernel(spec: Spec, lay: Layout, names, kinds, rows_ref, columns_ref, flags_ref, q_ref, k_ref, v_ref, *refs):
@@ -151,10 +153,10 @@ def _kernel(spec: Spec, lay: Layout, names, kinds, rows_ref, columns_ref, flags_
         if spec.kind == "softmax":
             empty = total == 0
             out = out * (1 / jnp.where(empty, 1, total))
-            lse = top_ref[...] * (1 / LOG2E) + jnp.log(jnp.where(empty, 1, total))
-            lse_ref[0, 0] = jnp.where(empty, jnp.inf, lse)
+            lse_ref[0, 0, :1] = top_ref[...]
+            lse_ref[0, 0, 1:] = jnp.where(empty, jnp.inf, jnp.log2(jnp.where(empty, 1, total)))
         else:
-            lse_ref[0, 0] = jnp.zeros_like(total)
+            lse_ref[0, 0] = jnp.zeros_like(lse_ref[0, 0])
         out_ref[0, 0] = out.T.astype(out_ref.dtype)
 
 

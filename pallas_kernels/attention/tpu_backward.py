@@ -57,7 +57,7 @@ def backward(
     delta = jnp.einsum("bqhd,bqhd->bhq", out, cotangent, preferred_element_type=jnp.float32)
     fill = (-lay.queries) % lay.block_q
     rows = ((0, 0), (0, 0), (0, fill))
-    lse = jnp.pad(lse, rows, constant_values=jnp.inf)[:, :, None]  # the weights of padded rows are 0
+    lse = jnp.pad(lse, ((0, 0), *rows), constant_values=jnp.inf)  # the weights of padded rows are 0
     delta = jnp.pad(delta, rows)[:, :, None]
     q, cotangent = (by_heads(x, lay.block_q) for x in (q, cotangent))
     k, v = (by_heads(x, lay.block_k) for x in (k, v))
@@ -80,7 +80,7 @@ def _query_gradient(spec: Spec, lay: Layout, walk: Visits, operands, bias, extra
             pl.BlockSpec((1, 1, lay.block_k, k.shape[3]), lambda b, h, t, i, j, f: (b, h // lay.group, j[t], 0)),
             pl.BlockSpec((1, 1, lay.block_k, v.shape[3]), lambda b, h, t, i, j, f: (b, h // lay.group, j[t], 0)),
             pl.BlockSpec((1, 1, lay.block_q, v.shape[3]), lambda b, h, t, i, j, f: (b, h, i[t], 0)),
-            *[pl.BlockSpec((1, 1, 1, lay.block_q), lambda b, h, t, i, j, f: (b, h, 0, i[t]))] * 2,
+            *[pl.BlockSpec((1, 1, n, lay.block_q), lambda b, h, t, i, j, f: (b, h, 0, i[t])) for n in (2, 1)],
             *extra_specs,
         ],
         out_specs=q_block,
@@ -140,7 +140,10 @@ def _key_gradients(spec: Spec, lay: Layout, walk: Visits, operands, bias, extras
             k_spec,
             v_spec,
             pl.BlockSpec((1, 1, lay.block_q, v.shape[3]), lambda b, h, t, i, j, f: (b, head(b, h, t, f), i[t], 0)),
-            *[pl.BlockSpec((1, 1, 1, lay.block_q), lambda b, h, t, i, j, f: (b, head(b, h, t, f), 0, i[t]))] * 2,
+            *[
+                pl.BlockSpec((1, 1, n, lay.block_q), lambda b, h, t, i, j, f: (b, head(b, h, t, f), 0, i[t]))
+                for n in (2, 1)
+            ],
             *extra_specs,
         ],
         out_specs=[k_spec, v_spec],
@@ -216,7 +219,7 @@ def _gradients(spec: Spec, tile: Tile, head, ins, partial: bool):
         weights = tiles.sigmoid(spec, scores * (1 / LOG2E))
         ds = weights * (1 - weights) * dweights
     else:
-        weights = jnp.exp2(scores - lse * LOG2E)
+        weights = jnp.exp2(scores - lse[:1] - lse[1:])
         ds = weights * (dweights - delta)
     ds = ds if slope is None else ds * slope
     return weights if factors is None else weights * factors, ds
