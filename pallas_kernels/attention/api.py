@@ -66,9 +66,9 @@ def attention(
 ) -> jax.Array:
     """Compute exact attention with memory linear in the length, forward and backward.
 
-    Memory: the output and two float32 a row and head (its log-sum-exp, in two parts) are kept for the backward pass; scores exist one tile at a time.
-    Cost: the backward pass computes the scores again. Blocks that `is_causal`, `local_window_size` or `block_mask` hide
-    are skipped.
+    Memory: the output and two float32 a row and head (its log-sum-exp, in two parts) are kept for the backward pass;
+    scores exist one tile at a time. Cost: the backward pass computes the scores again. Blocks that `is_causal`,
+    `local_window_size` or `block_mask` hide are skipped.
 
     The arguments are those of `jax.nn.dot_product_attention`, and more. A pair of query row `r` and key column `c` has
     the score `scale * q[r] . k[c]`, then soft-capped, then plus `bias` and ALiBi term; it counts where every mask
