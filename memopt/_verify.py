@@ -170,21 +170,30 @@ def _fits(program: Program, memory: Memory) -> bool:
 
 
 def _next_choice(program: Program, attempt: int) -> int:
-    """Choose again after a miss, with every prediction raised by the largest factor that one was too low by.
-
-    Where nothing is expected to fit then, the smallest rung is still tried.
-    """
+    """Choose again after a miss; where nothing is expected to fit then, the smallest rung is still tried."""
     assert program.budget_bytes is not None
-    rungs, measured = program.ladder.rungs, program.measured
-    factor = max(peak_bytes / max(rungs[index].predicted_peak_bytes, 1) for index, peak_bytes in measured.items())
-    expected = {index: int(rung.predicted_peak_bytes * max(factor, 1.0)) for index, rung in enumerate(rungs)}
-    index = program.ladder.choose(program.budget_bytes, expected | measured)
+    measured = program.measured
+    index = program.ladder.choose(program.budget_bytes, _expected(program))
     if index is None:
         index = next((rung for rung, _ in _by_peak(program) if rung not in measured), None)
     if attempt == REPLANS or index is None:
         best = min(measured, key=measured.__getitem__)
         raise budget_error(program, best, measured[best])
     return index
+
+
+def _expected(program: Program) -> dict[int, int]:
+    """Return the peak of each rung: measured, or predicted and corrected by the error of the nearest measured one.
+
+    Rungs near each other hold most of the same values, and the compiler's layout wastes about the same bytes on them.
+    """
+    rungs, measured = program.ladder.rungs, program.measured
+    found = dict(measured)
+    for index, rung in enumerate(rungs):
+        if index not in measured:
+            nearest = min(measured, key=lambda other: (abs(other - index), -other))
+            found[index] = rung.predicted_peak_bytes + measured[nearest] - rungs[nearest].predicted_peak_bytes
+    return found
 
 
 def _forget(program: Program) -> None:

@@ -238,3 +238,9 @@ def test_a_real_plan_runs_within_its_budget():
     for ours, plain in zip(step(W, X), STEP(W, X), strict=True):
         assert jnp.allclose(ours, plain, rtol=1e-6)
     assert step.measure(W, X).peak_bytes <= budget_bytes
+
+
+def test_a_miss_corrects_the_rungs_near_it():
+    rungs = [SimpleNamespace(predicted_peak_bytes=peak) for peak in (1000, 800, 790, 500, 100)]
+    program = SimpleNamespace(ladder=SimpleNamespace(rungs=rungs), measured={1: 850, 4: 110})
+    assert _verify._expected(program) == {0: 1050, 1: 850, 2: 840, 3: 510, 4: 110}
