@@ -229,11 +229,17 @@ def _file(settings: Settings, role: str, kind: str) -> pathlib.Path:
     return pathlib.Path(settings.out_dir) / f"{role}_{kind}.json"
 
 
-def spawn(settings: Settings, role: str, extra: Sequence[str] = ()) -> dict[str, Any] | None:
-    """Run one role in a process of its own and return its figures, or None where it failed."""
+def spawn(settings: Settings, role: str, extra: Sequence[str] = (), *, own_flags: bool = True) -> dict[str, Any] | None:
+    """Run one role in a process of its own, with this process's flags or with `extra` alone; None where it failed."""
     result = _file(settings, role, "run")
     result.unlink(missing_ok=True)
-    call = [sys.executable, str(pathlib.Path(__file__).resolve()), *sys.argv[1:], f"--role={role}", *extra]
+    call = [
+        sys.executable,
+        str(pathlib.Path(__file__).resolve()),
+        *(sys.argv[1:] if own_flags else []),
+        f"--role={role}",
+        *extra,
+    ]
     if subprocess.run(call, check=False).returncode or not result.exists():
         return None
     return json.loads(result.read_text(encoding="utf-8"))
