@@ -193,11 +193,43 @@ def stacked_aval(aval: Any, length: int) -> Any:
     return _core.unmapped_aval(length, 0, aval)
 
 
+def row_aval(aval: Any) -> Any:
+    """Return the abstract value of one item along a leading axis."""
+    return _core.mapped_aval(aval.shape[0], 0, aval)
+
+
 def dce(jaxpr: Any, used: Sequence[bool] | None = None) -> tuple[Any, list[bool]]:
     """Drop what no used output and no effect needs, inside loops and calls too; inputs are reported, not dropped."""
     base = open_jaxpr(jaxpr)
     used = [True] * len(base.outvars) if used is None else list(used)
     return _pe.dce_jaxpr(base, used, instantiate=True)
+
+
+def without_dead(jaxpr: Any) -> Any:
+    """Return an open jaxpr without what no output and no effect needs, as `dce` does; quick where little is dead.
+
+    Equations without bodies and effects are settled here, the others are handed to JAX one at a time.
+    """
+    base = open_jaxpr(jaxpr)
+    rules, live, eqns = _pe.dce_rules, {v for v in base.outvars if type(v) is Var}, []
+    for eqn in reversed(base.eqns):
+        outvars = eqn.outvars
+        if eqn.effects or eqn.primitive in rules:
+            eqn = _without_dead_results(base, eqn, [v in live for v in outvars])
+        elif not (outvars[0] in live if len(outvars) == 1 else any(v in live for v in outvars)):
+            continue
+        if eqn is not None:
+            eqns.append(eqn)
+            live.update([v for v in eqn.invars if type(v) is Var])
+    eqns.reverse()
+    return rebuild(base, eqns=eqns)
+
+
+def _without_dead_results(base: Any, eqn: JaxprEqn, used: list[bool]) -> JaxprEqn | None:
+    """Return what JAX leaves of one equation of a jaxpr when these of its results are used; None for nothing."""
+    invars = list(dict.fromkeys(v for v in eqn.invars if type(v) is Var))
+    alone, _ = dce(Jaxpr([], invars, eqn.outvars, [eqn], eqn.effects, base.debug_info.with_unknown_names()), used)
+    return open_jaxpr(alone).eqns[0] if open_jaxpr(alone).eqns else None
 
 
 def check(closed: Any) -> None:

@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _pairs, _rewrite, _search, _split
+from memopt import _pairs, _rewrite, _saved, _search, _split
 from memopt._contract import Context
+from memopt._fingerprint import fingerprint
 from memopt._local import Shardings
 from memopt._plan import Plan
+from memopt._plans import Plans
 from memopt._search import Rung, Search
 from memopt._step import Step
 
@@ -38,7 +40,7 @@ class Ladder:
       rungs: the plans.
       step: what was planned, None where nothing was.
       planning_seconds: how long it took.
-      first: the first rung that may be chosen: 1 where a pass rewrites the step whatever the budget.
+      first: the first rung that may be chosen: 1 where a plan was given or a pass rewrites the step in any case.
     """
 
     def __init__(self, rungs: Sequence[Rung], step: Step, planning_seconds: float, first: int = 0):
@@ -73,7 +75,7 @@ class Ladder:
             decisions=tuple(rows),
             notes=(*step.notes, *dict.fromkeys(f"{x.what} was left as it was: {x.why}." for x in step.left)),
             target=str(step.target),
-            fingerprint=self.step.fingerprint,
+            fingerprint=step.fingerprint,
             repeats={place: tuple(sorted(ops)) for place, ops in sorted(rung.choice.repeats.items())},
             variant=step.variant_key,
             stores={value: store.name for value, store in sorted(rung.choice.stores.items())},
@@ -181,7 +183,7 @@ def _variants(step: Step, plain: Rung, rungs: Sequence[Rung]) -> list[_split.Var
 
 def ladder_of_plan(
     closed: Any,
-    plan: Plan,
+    plan: Plan | Plans,
     *,
     donated: Sequence[bool],
     target: Any,
@@ -190,14 +192,19 @@ def ladder_of_plan(
     shardings: Shardings | None = None,
     context: Context | None = None,
 ) -> Ladder:
-    """Return the ladder of one saved plan, applied without planning.
+    """Return the ladder of one saved plan, applied without planning: of several the one that was made for this step.
 
     Raises:
-      ValueError: the plan was made for another step, target, JAX version or set of passes.
+      ValueError: the plan was made for another step, target, JAX version or set of passes, or it is damaged.
     """
     start = time.perf_counter()
-    variant = _split.Variant(plan.variant[0], tuple(plan.variant[1]), *plan.variant[2:]) if plan.variant else None
-    step = Step(closed, target, passes, None, shardings, variant, context, plan.rewrites)
+    written = Step(closed, target, (), None, shardings)
+    start += written.compile_seconds
+    plan = Plans.of(plan).choose(fingerprint(closed, target, passes, written.local))
+    build = functools.partial(Step, closed, target, passes, None, shardings, context=context, rewrites=plan.rewrites)
+    step = build()
+    if plan.variant:
+        step = build(variant=_variant_of(plan, step))
     start += step.compile_seconds
     plan.check_fingerprint(step.fingerprint)
     plain = _search.plain_rung(step, donated)
@@ -205,4 +212,12 @@ def ladder_of_plan(
         return Ladder([plain], step, time.perf_counter() - start)
     search = Search(step, donated, plain)
     rung = search.score(step.choice_of(plan))
-    return Ladder([rung], step, time.perf_counter() - start)
+    return Ladder([plain, rung], step, time.perf_counter() - start, first=1)
+
+
+def _variant_of(plan: Plan, step: Step) -> _split.Variant:
+    """Return how a saved plan divides the loops of this step."""
+    variant = _split.Variant(plan.variant[0], tuple(plan.variant[1]), *plan.variant[2:])
+    if variant not in _split.candidates(step.flat):
+        raise _saved.damaged("variant", f"is {plan.variant}, and no loop of this step can be divided so")
+    return variant

@@ -19,7 +19,7 @@ from memopt._budget import Budget
 from memopt._compat import open_jaxpr
 from memopt._contract import Context
 from memopt._local import Shardings, leaf_shardings
-from memopt._plan import Plan
+from memopt._plans import Plans
 from memopt._scopes import MARKERS
 from memopt._signature import JitOptions, Signature, Statics
 from memopt._target import Target
@@ -38,8 +38,12 @@ class Settings:
     overrides: Mapping[str, str] | None = None
 
     def __post_init__(self):
-        if self.plan is not None and not isinstance(self.plan, Plan):
-            raise TypeError(f"plan takes a memopt.Plan, got {self.plan!r}. Read one: memopt.Plan.from_json(text).")
+        if self.plan is not None:
+            Plans.of(self.plan)
+            if self.overrides:
+                raise ValueError(
+                    "plan= is applied as it was saved, overrides= change how a plan is made: give one of them."
+                )
         if self.overrides is not None and not isinstance(self.overrides, Mapping):
             raise TypeError(f"overrides takes a mapping such as {{'tanh.0': 'keep'}}, got {self.overrides!r}.")
 

@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _cost, _forms, _inline, _narrow, _rewrite, _sink, _specs, _split
+from memopt import _cost, _forms, _inline, _narrow, _rewrite, _saved, _segments, _sink, _specs, _split
 from memopt._contract import Context, Left, Repeat, Store
 from memopt._decisions import Names, decisions, settle
+from memopt._fingerprint import fingerprint, graph_digest
 from memopt._local import local_shapes
 from memopt._network import Choice
-from memopt._plan import Decision, Plan, fingerprint
+from memopt._plan import Decision, Plan
 from memopt._survey import Survey
 
 
@@ -122,16 +123,22 @@ class Step:
         """Return the choice that a saved plan holds.
 
         Raises:
-          ValueError: no pass proposes a form that the plan stores a value in.
+          ValueError: its numbers mean nothing in this step, or no pass proposes a form that it stores a value in.
         """
         forms = {(store.value, store.name): store for store in self.stores}
-        missing = sorted({name for value, name in plan.stores.items() if (value, name) not in forms})
-        if missing:
-            raise ValueError(f"The saved plan stores a value as {missing[0]!r}, which no pass proposes. Plan again.")
+        _saved.check_numbers(
+            plan.repeats,
+            plan.stores,
+            places=range(self.survey.bins),
+            repeatable=self.repeatable,
+            forms=frozenset(forms),
+            alone=_segments.ALONE,
+        )
         repeats = {place: frozenset(ops) for place, ops in plan.repeats.items()}
         return Choice(repeats, {value: forms[value, name] for value, name in plan.stores.items()})
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
         """What a saved plan of this step is good for."""
-        return fingerprint(self.closed, self.target, self.passes, self.local)
+        found = fingerprint(self.closed, self.target, self.passes, self.local)
+        return found if self.survey is None else {**found, "graph": graph_digest(self.survey.graph)}

@@ -282,7 +282,7 @@ def test_a_saved_plan_is_applied_in_another_process():
     body = """
 plan = t.Plan.from_json(sys.stdin.read())
 closed = t.traced()
-rung, = t.ladder_of_plan(closed, plan, donated=(), target=t.TARGET, passes=[t.Remat()]).rungs
+_, rung = t.ladder_of_plan(closed, plan, donated=(), target=t.TARGET, passes=[t.Remat()]).rungs
 print(json.dumps([t.told(rung), len(rung.jaxpr().eqns)]))
 """
     found = json.loads(in_a_process(body, "3", text))
