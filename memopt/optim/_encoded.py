@@ -46,8 +46,17 @@ class Stores:
 
 
 def encoded_zeros(codec: Codec, shape: tuple[int, ...], dtype: Any, value: Any) -> Encoded:
-    """Encode zeros, laid out over the mesh of the parameter `value` as far as XLA carries its layout on."""
-    return jax.jit(codec.encode)(zeros_beside(value, shape, dtype))
+    """Encode zeros without making them, laid out over the mesh of the parameter `value` where axes are its own.
+
+    The codecs of moments write zeros as one repeated code and repeated scales, which a small sample shows.
+    """
+    sample = jax.jit(codec.encode)(jnp.zeros(256, dtype))
+    wanted = codec.layout(shape, dtype)
+    fills = [sample.scales[min(i, len(sample.scales) - 1)].reshape(-1)[0] for i in range(len(wanted.scales))]
+    codes = zeros_beside(value, wanted.codes.shape, wanted.codes.dtype, sample.codes.reshape(-1)[0])
+    pairs = zip(wanted.scales, fills, strict=True)
+    scales = tuple(zeros_beside(value, one.shape, one.dtype, fill) for one, fill in pairs)
+    return dataclasses.replace(wanted, codes=codes, scales=scales)
 
 
 def load(moment: Any, dtype: Any) -> jax.Array:

@@ -11,7 +11,7 @@ import optax
 import pytest
 import scipy.fft
 
-from memopt._codecs_maps import dynamic_values
+from memopt._codecs_maps import Dynamic, RankOne, dynamic_values
 from memopt.optim import (
     adam_8bit,
     scale_by_adam_4bit,
@@ -30,6 +30,7 @@ from memopt.optim import (
 )
 from memopt.optim._apollo import random_projection
 from memopt.optim._dct import best_columns, carry_over, cosine_columns
+from memopt.optim._encoded import encoded_zeros
 from memopt.optim._leaves import describe
 
 B1, B2, EPS = 0.9, 0.999, 1e-8
@@ -223,6 +224,19 @@ def test_the_dynamic_map_is_the_published_one():
     np.testing.assert_allclose(values[128], 0.55e-6)
     np.testing.assert_allclose(values[129:131], [3.25e-6, 7.75e-6])
     np.testing.assert_allclose(values[0], -(0.1 + 0.9 * 63.5 / 64))
+
+
+@pytest.mark.parametrize(
+    ("codec", "shape"),
+    [(Dynamic(8), (300,)), (Dynamic(8, False), (2, 64, 130)), (RankOne(4), (8, 256)), (RankOne(4), (9,))],
+)
+def test_encoded_zeros_are_encoded_zeros(codec, shape):
+    made = encoded_zeros(codec, shape, jnp.float32, np.zeros(shape, np.float32))
+    wanted = jax.jit(lambda: codec.encode(jnp.zeros(shape)))()
+    assert jax.tree.structure(made) == jax.tree.structure(wanted)
+    for one, two in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
+        assert one.dtype == two.dtype and not one.weak_type
+        np.testing.assert_array_equal(one, two)
 
 
 def test_momentum_and_lion_8bit():
