@@ -330,3 +330,11 @@ def test_in_an_nnx_step(case, nnx_model):
         step(model, optimizer, jnp.ones((4, 8)))
     assert [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(nnx.state(optimizer))] == before
     assert not np.allclose(model.up.kernel[...], nnx_model.up.kernel[...])
+
+
+@every
+def test_state_keeps_its_dtypes_where_gradients_have_others(case):
+    params, grads = odd_tree(jnp.float32), odd_tree(jnp.bfloat16)
+    state = jax.eval_shape(case().init, params)
+    _, after = jax.eval_shape(case().update, grads, state, params)
+    assert same(state, after)
