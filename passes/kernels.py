@@ -1,8 +1,9 @@
 """Kernels in place of naive attention and vocabulary losses, found by dataflow in a differentiated step.
 
 In: a flat jaxpr. Out: an equal one in which scores and logits never exist whole, with a row for each replacement and a
-sentence for each near miss. Forward and backward are recognised and replaced together. A pair of loops is looked at as one: what the kernel's backward pass reads is stacked instead of
-scores and weights. It may not change anything whose forward and backward pass were not shown to equal attention.
+sentence for each near miss. Forward and backward are recognised and replaced together; a pair of loops is looked at as
+one, so that what the kernel's backward pass reads is stacked in place of scores and weights. It may not change anything
+whose forward and backward pass were not shown to equal the definition.
 """
 
 from __future__ import annotations
