@@ -21,8 +21,8 @@ from memopt.pallas_kernels._dtypes import wide
 from memopt.pallas_kernels.attention import api, reference
 from memopt.pallas_kernels.attention.spec import Extras, Spec
 from memopt.passes._match import Node, Space
-from memopt.passes._match_attention import Found, region_between
-from memopt.passes._match_dims import Atom
+from memopt.passes._match_attention import Found
+from memopt.passes._match_dims import Atom, region_between
 
 
 @dataclasses.dataclass

@@ -77,6 +77,10 @@ class Space:
             self._numbers[var] = self._new(var.aval)
         return self._numbers[var]
 
+    def numbered(self) -> list[tuple[Any, int]]:
+        """Return every variable with its number."""
+        return list(self._numbers.items())
+
     def root(self, value: int) -> int:
         """Return what a value is a copy of, through names and barriers of one operand."""
         while (node := self.makers.get(value)) is not None and node.name in _PLAIN and len(node.ins) == 1:

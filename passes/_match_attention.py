@@ -8,12 +8,12 @@ the definition of attention; without that agreement nothing is reported as found
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from memopt.passes._match import Node, Space
-from memopt.passes._match_dims import Atom, Axes, Small, Unsupported
+from memopt.passes._match_dims import Atom, Axes, Small, Unsupported, region_between
 
 _LAYOUT = frozenset({"convert_element_type", "reshape", "transpose", "squeeze", "broadcast_in_dim", "reduce_precision"})
 _PLAIN = frozenset({"name", "copy", "copy_p", "stop_gradient", "optimization_barrier"})
@@ -318,22 +318,6 @@ def _downstream(space: Space, tainted: set[int], cotangent: int) -> set[int]:
         if any(v in found for v in node.ins):
             found.update(node.outs)
     return found & tainted
-
-
-def region_between(space: Space, outputs: Iterable[int], inputs: Sequence[int]) -> list[Node]:
-    """Return the nodes between inputs and outputs, in order."""
-    wanted, stack, seen = set(), list(outputs), set(inputs)
-    while stack:
-        value = stack.pop()
-        if value in seen:
-            continue
-        seen.add(value)
-        node = space.makers.get(value)
-        if node is None:
-            raise Unsupported("it reads something beside queries, keys, values, masks and biases")
-        wanted.add(id(node))
-        stack.extend(v for v in node.ins if v is not None)
-    return [node for node in space.nodes if id(node) in wanted]
 
 
 def _arranged(space, softmax, scores: Scores, out: Node, v: int, cotangent, grads, sides) -> Found:

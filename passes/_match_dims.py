@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,22 @@ class Atom:
 
     size: int
     parts: list[Atom] | None = None
+
+
+def region_between(space: Space, outputs: Iterable[int], inputs: Sequence[int]) -> list[Node]:
+    """Return the nodes between inputs and outputs, in order."""
+    wanted, stack, seen = set(), list(outputs), set(inputs)
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        node = space.makers.get(value)
+        if node is None:
+            raise Unsupported("it reads something else than the operands of the pattern")
+        wanted.add(id(node))
+        stack.extend(v for v in node.ins if v is not None)
+    return [node for node in space.nodes if id(node) in wanted]
 
 
 def flat(atoms: Sequence[Atom]) -> list[Atom]:
@@ -81,6 +97,8 @@ class Axes:
             result = [axis for i, axis in enumerate(ins[0]) if i not in node.eqn.params["axes"]]
         elif name == "dot_general":
             result = self._dot(node, ins)
+        elif name in ("gather", "scatter-add"):
+            result = _indexing(node.name)[0](node, ins)
         else:
             raise Unsupported(f"`{name}` is not among the operations that are understood there")
         self.known[node.outs[0]] = result
@@ -123,6 +141,66 @@ class Axes:
                 size //= atom.size
             result.append(axis)
         return result
+
+
+def _indexing(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return (_gather_axes, _gather) if name == "gather" else (_scatter_axes, _scatter)
+
+
+def _gather_axes(node: Node, ins) -> list[list[Atom]]:
+    """Axes of one entry picked along one axis: for each position of the others, or the same one for all of them."""
+    numbers = node.eqn.params["dimension_numbers"]
+    if len(numbers.collapsed_slice_dims) != 1 or ins[0] is None:
+        raise Unsupported("entries are picked along more than one axis")
+    (at,), rest = numbers.collapsed_slice_dims, [i for i in range(len(ins[0]))]
+    rest.remove(at)
+    if list(numbers.operand_batching_dims) == rest and not numbers.offset_dims:
+        for i, j in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
+            if ins[0][i] and ins[1][j]:
+                _unify(ins[0][i], ins[1][j])
+        return list(ins[1][:-1])
+    if len(ins[1]) == 1 and list(numbers.offset_dims) == list(range(len(rest))):
+        return [ins[0][i] for i in rest]
+    raise Unsupported("entries are picked in a way that is not understood")
+
+
+def _gather(numbers, x: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    (at,) = numbers.collapsed_slice_dims
+    if not numbers.operand_batching_dims and np.ndim(indices) == 1:
+        return np.take(x, int(np.asarray(indices)[0]), axis=at)
+    moved = np.moveaxis(x, at, -1)
+    extra = indices.ndim - 1 - (x.ndim - 1)
+    flat_indices = indices[..., 0].reshape(*moved.shape[:-1], -1)
+    return np.take_along_axis(moved, flat_indices, axis=-1).reshape(indices.shape[:-1]) if extra >= 0 else moved
+
+
+def _scatter_axes(node: Node, ins) -> list[list[Atom]]:
+    numbers = node.eqn.params["dimension_numbers"]
+    if len(numbers.inserted_window_dims) != 1 or ins[0] is None:
+        raise Unsupported("entries are added along more than one axis")
+    for i, j in zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True):
+        if ins[0][i] and ins[1][j]:
+            _unify(ins[0][i], ins[1][j])
+    (at,) = numbers.inserted_window_dims
+    places = [axis for i, axis in enumerate(ins[0]) if i != at] if len(ins[1]) == 1 else ins[1][:-1]
+    for added, place in zip(ins[2] or (), places, strict=False):
+        if added and place:
+            _unify(added, place)
+    return list(ins[0])
+
+
+def _scatter(numbers, x: np.ndarray, indices: np.ndarray, updates: np.ndarray) -> np.ndarray:
+    (at,) = numbers.inserted_window_dims
+    if not numbers.operand_batching_dims and np.ndim(indices) == 1:
+        out = np.moveaxis(np.array(x), at, 0)
+        out[int(np.asarray(indices)[0])] += updates
+        return np.moveaxis(out, 0, at)
+    out = np.moveaxis(np.array(x), at, -1)
+    flat_indices = indices[..., 0].reshape(*out.shape[:-1], -1)
+    flat_updates = np.broadcast_to(updates, indices.shape[:-1]).reshape(flat_indices.shape)
+    lead = np.indices(flat_indices.shape)[:-1]
+    np.add.at(out, (*lead, flat_indices), flat_updates)
+    return np.moveaxis(out, -1, at)
 
 
 def _unify(first: list[Atom], second: list[Atom]) -> None:
@@ -172,7 +250,7 @@ class Small:
         if dtype == np.bool_:
             return self.random.random(self.shape(value)) < 0.7
         if np.issubdtype(dtype, np.integer):
-            raise Unsupported("an integer input decides what is computed")
+            return self.random.integers(0, 2, self.shape(value))  # every axis has two entries at least
         return self.random.normal(size=self.shape(value))
 
     def run(self, inputs: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
@@ -205,6 +283,8 @@ class Small:
             return operands[0] ** float(params["y"])
         if name in _REDUCTIONS:
             return _REDUCTIONS[name](operands[0], axis=tuple(params["axes"]))
+        if name in ("gather", "scatter-add"):
+            return _indexing(name)[1](params["dimension_numbers"], *operands)
         if name == "dot_general":
             return _dot(params["dimension_numbers"], *operands)
         if name == "convert_element_type":
@@ -257,6 +337,8 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "exp2": np.exp2,
     "log": np.log,
     "log1p": np.log1p,
+    "abs": np.abs,
+    "sign": np.sign,
     "tanh": np.tanh,
     "square": np.square,
     "sqrt": np.sqrt,

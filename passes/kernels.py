@@ -1,8 +1,9 @@
-"""Kernels in place of naive attention: found by dataflow in a differentiated step, forward and backward together.
+"""Kernels in place of naive attention and vocabulary losses, found by dataflow in a differentiated step.
 
-In: a flat jaxpr. Out: an equal one in which scores never exist whole, with a row for each replacement and a sentence
-for each near miss. A pair of loops is looked at as one: what the kernel's backward pass reads is stacked instead of
-scores and weights. It may not change anything whose forward and backward pass were not shown to equal attention.
+In: a flat jaxpr. Out: an equal one in which scores and logits never exist whole, with a row for each replacement and a
+sentence for each near miss. Forward and backward are recognised and replaced together; a pair of loops is looked at as
+one, so that what the kernel's backward pass reads is stacked in place of scores and weights. It may not change anything
+whose forward and backward pass were not shown to equal the definition.
 """
 
 from __future__ import annotations
@@ -17,29 +18,35 @@ from memopt import _compat as c
 from memopt import _pairs
 from memopt._contract import Context, Left, Rewritten
 from memopt._plan import Decision
-from memopt.passes import _attention_call, _match_attention
+from memopt.passes import _attention_call, _loss_call, _match_attention, _match_loss
 from memopt.passes._match import FIRST, OUTER, SECOND, Node, Space
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Replace naive attention by kernels that never hold the scores: on TPU and GPU by Pallas, else by pure JAX.
+    """Replace naive attention, and matmuls into a cross-entropy, by kernels that never hold scores or logits.
 
-    Memory: output and two floats a row and head are kept for the backward pass, in place of scores, weights and masks.
-    Cost: the backward pass computes the scores again, blocks that a causal or windowed mask hides are skipped. Exact:
-    only sums are reassociated, and roundings of scores to half precision are dropped.
+    On TPU and GPU they are Pallas kernels, elsewhere, for shapes that these cannot serve, and in steps with shardings
+    pure JAX that computes a tile at a time.
+
+    Memory: of an attention, output and two floats a row and head are kept for the backward pass, in place of scores,
+    weights and masks; of a loss, one float a token in place of logits. Cost: the backward pass computes scores and
+    logits again; blocks that a causal or windowed mask hides are skipped. Exact: only sums are reassociated, and
+    roundings of scores and logits to half precision are dropped.
 
     Found are a softmax between two products with any layout, scale, cast, `where` masks, added biases, soft cap and
-    grouped heads, when its backward pass is exactly its own. In steps with shardings the pure-JAX form is used.
+    grouped heads, and any way of writing the cross-entropy of integer labels, summed, averaged, masked or weighted,
+    each only when the backward pass is exactly its own: the region is evaluated on small random inputs.
 
     Example:
         >>> import memopt
         >>> memopt.passes.Kernels()
         Kernels()
 
-    Source: Dao 2023, "FlashAttention-2".
+    Source: Dao 2023, "FlashAttention-2"; Wijmans et al. 2024, "Cut your losses in large-vocabulary language models".
 
-    Limits: dropout inside attention, learned biases, and weights that something else reads are left as they are.
+    Limits: dropout inside attention, learned biases, a bias of the head, smoothed labels, and scores, weights or logits
+    that something else reads are left as they are.
     """
 
     stage: ClassVar[int] = 10
@@ -118,15 +125,30 @@ class _Work:
                 self._leave(node, found, quiet)
             else:
                 call = _attention_call.make(space, found, self.platform)
-                edit.replace(call)
+                edit.replace(call, call.found.out)
                 self.rows.append(_row(space, call, len(self.rows)))
+        if pair is None:
+            self._losses(space, edit, quiet)
         return edit.done()
 
-    def _leave(self, node: Node, why: str, quiet: bool) -> None:
+    def _losses(self, space: Space, edit: _Edit, quiet: bool) -> None:
+        for node, found in _match_loss.find(space):
+            if not isinstance(found, str):
+                try:
+                    call = _loss_call.make(space, found, self.platform)
+                except NotImplementedError as error:
+                    found = str(error)
+            if isinstance(found, str):
+                self._leave(node, found, quiet, "loss")
+                continue
+            edit.replace(call, found.loss)
+            self.rows.append(_loss_row(call, len(self.rows)))
+
+    def _leave(self, node: Node, why: str, quiet: bool, what: str = "attention") -> None:
         key = (c.user_source(node.eqn), why)
         if not quiet and key not in self.seen:
             self.seen.add(key)
-            self.left.append(Left(f"attention at {key[0] or _module(node.eqn) or 'an unnamed place'}", why))
+            self.left.append(Left(f"{what} at {key[0] or _module(node.eqn) or 'an unnamed place'}", why))
 
 
 def _module(eqn: Any) -> str:
@@ -145,6 +167,16 @@ def _row(space: Space, call: _attention_call.Call, number: int) -> Decision:
     return Decision(name, _module(eqn), c.user_source(eqn), size, "kernel", reason)
 
 
+def _loss_row(call: _loss_call.Call, number: int) -> Decision:
+    eqn = call.found.product.eqn
+    aval = eqn.outvars[0].aval
+    passes = "forward and backward" if call.found.grads else "forward"
+    name = f"{_module(eqn)}/linear_cross_entropy.{number}".lstrip("/")
+    reason = f"cross-entropy of a product, {passes}, equal on random inputs; {call.note}"
+    size = math.prod(aval.shape) * aval.dtype.itemsize
+    return Decision(name, _module(eqn), c.user_source(eqn), size, "kernel", reason)
+
+
 class _Edit:
     """Exchanges equations of a space, and hands values from one body to the other where the new ones need them."""
 
@@ -155,11 +187,11 @@ class _Edit:
         self.handed: list[tuple[Any, Any]] = []  # variable of the first body -> of the second
         self.given: dict[str, list[tuple[Any, Any]]] = {FIRST: [], SECOND: []}  # variable of the level -> of a body
 
-    def replace(self, call: _attention_call.Call) -> None:
-        """Put a call in the place of what it was found to equal."""
+    def replace(self, call: Any, first: Node) -> None:
+        """Put a call in the place of what it was found to equal; `first` makes the forward result."""
         found, space = call.found, self.space
-        out, lse = self._forward(call)
-        copies = [v for v, number in space._numbers.items() if number == found.out.outs[0] and v is not out]
+        out, lse = self._forward(call, first)
+        copies = [v for v, number in space.numbered() if number == first.outs[0] and v is not out]
         for var in copies:
             self.rename[var] = out
         if not found.grads:
@@ -168,8 +200,8 @@ class _Edit:
         index = min(node.index for node in found.grads.values())
         eqn = next(node for node in found.grads.values() if node.index == index).eqn
         operands = [self._variable(side, value) for value in call.operands]
-        saved = [out, lse] if side == found.out.side else [self._hand(out), self._hand(lse)]
-        if side != found.out.side:
+        saved = [out, lse] if side == first.side else [self._hand(out), self._hand(lse)]
+        if side != first.side:
             self.rename.update((var, saved[0]) for var in copies)
         cotangent = self._variable(side, found.cotangent)
         outvars = [node.eqn.outvars[0] for node in found.grads.values()]
@@ -177,8 +209,7 @@ class _Edit:
             self.new[side][node.index] = None
         self.new[side][index] = _call_eqn(call.backward, [*operands, *saved, cotangent], outvars, eqn)
 
-    def _forward(self, call: _attention_call.Call) -> tuple[Any, Any]:
-        node = call.found.out
+    def _forward(self, call: Any, node: Node) -> tuple[Any, Any]:
         operands = [self._variable(node.side, value) for value in call.operands]
         aval = jax.eval_shape(call.forward, *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in operands))[1]
         out, lse = node.eqn.outvars[0], c.Var(c.ShapedArray(aval.shape, aval.dtype))
