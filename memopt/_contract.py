@@ -94,6 +94,11 @@ class StateForm(Protocol):
         """The pass's name in plans."""
         ...
 
+    @property
+    def stores_state(self) -> bool:
+        """Whether these settings store any leaf."""
+        ...
+
     def compress(self, state: Any) -> Any:
         """Return a state, or shapes of one, in the stored form; ValueError where there is nothing to store."""
         ...

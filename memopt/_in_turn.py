@@ -49,12 +49,20 @@ def in_turn(closed: Any, leaves: Sequence[Sequence[int]]) -> Any:
 
 
 def _units(base: Any, leaves: Sequence[Sequence[int]]) -> list[tuple[list[int], list[int]]]:
-    """Return `(inputs, outputs)` of each group of leaves that make results together, in the order of their inputs."""
+    """Return `(inputs, outputs)` of each group of leaves that make results together, first the one ready first.
+
+    A group is ready when what its leaves are used with is there: a backward pass makes the last layer's gradients
+    first, and none of them should have to wait for the first layer's.
+    """
     reach: dict[Any, frozenset[int]] = {}
+    ready: dict[Any, int] = {}
     for number, places in enumerate(leaves):
         reach.update((base.invars[i], frozenset([number])) for i in places)
-    for eqn in base.eqns:
-        found = frozenset().union(*(reach.get(v, ()) for v in eqn.invars if not isinstance(v, c.Literal)))
+    for place, eqn in enumerate(base.eqns):
+        read = [v for v in eqn.invars if not isinstance(v, c.Literal)]
+        found = frozenset().union(*(reach.get(v, ()) for v in read))
+        when = max((ready.get(v, -1) for v in read), default=-1) if found else place
+        ready.update((v, when) for v in eqn.outvars)
         if found:
             reach.update((v, found) for v in eqn.outvars)
     inputs = set(base.invars)
@@ -73,7 +81,8 @@ def _units(base: Any, leaves: Sequence[Sequence[int]]) -> list[tuple[list[int], 
         members.setdefault(_root(group, number), ([], []))[0].extend(places)
     for k, own in results:
         members[_root(group, min(own))][1].append(k)
-    return [unit for _, unit in sorted(members.items()) if unit[1]]
+    units = [unit for _, unit in sorted(members.items()) if unit[1]]
+    return sorted(units, key=lambda unit: max(ready[base.outvars[k]] for k in unit[1]))
 
 
 def _root(group: list[int], number: int) -> int:

@@ -20,7 +20,8 @@ from memopt._contract import StateForm
 
 def forms_of(passes: Sequence[Any] | None) -> tuple[StateForm, ...]:
     """Return the passes that store state in another form, in the order of their stages."""
-    return tuple(sorted((p for p in passes or () if isinstance(p, StateForm)), key=lambda p: getattr(p, "stage", 0)))
+    found = [p for p in passes or () if isinstance(p, StateForm) and p.stores_state]
+    return tuple(sorted(found, key=lambda p: getattr(p, "stage", 0)))
 
 
 def matches(path: str, where: str | Sequence[str]) -> bool:
@@ -52,6 +53,8 @@ def over_stored(fn: Callable[..., Any], forms: Sequence[StateForm]) -> Callable[
 
 class LeafForm:
     """What is common to passes that store each leaf by itself: they say which, and how it is encoded and decoded."""
+
+    stores_state = True
 
     def stores(self, path: str, leaf: Any) -> bool:
         """Say whether the pass stores a plain leaf (an array, a tracer or a shape) at this `keystr` path."""
