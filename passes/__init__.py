@@ -2,9 +2,11 @@
 
 from memopt.passes.compress_state import CompressState as CompressState
 from memopt.passes.fuse_update import FuseUpdate as FuseUpdate
+from memopt.passes.kernels import Kernels as Kernels
 from memopt.passes.remat import Remat as Remat
 
-__all__ = ["CompressState", "FuseUpdate", "Remat", "default"]
+
+__all__ = ["CompressState", "FuseUpdate", "Kernels", "Remat", "default"]
 
 
 def default() -> list:
