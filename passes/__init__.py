@@ -5,7 +5,6 @@ from memopt.passes.fuse_update import FuseUpdate as FuseUpdate
 from memopt.passes.kernels import Kernels as Kernels
 from memopt.passes.remat import Remat as Remat
 
-
 __all__ = ["CompressState", "FuseUpdate", "Kernels", "Remat", "default"]
 
 
