@@ -59,7 +59,7 @@ def row_of(name: str, passes: Sequence[Any], case: Any, target: str) -> dict[str
 
     step, (state, batch), options = case
     made = memopt.optimize(step, target=target, passes=list(passes), **options)
-    state = made.compress(state) if hasattr(state, "opt_state") and name not in ("plain", "fused") else state
+    state = made.compress(state)
     memory = made.measure(state, batch)
     return {
         "variant": name,
