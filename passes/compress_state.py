@@ -41,16 +41,16 @@ class CompressState(_stored.LeafForm):
 
     Example:
       >>> import jax, jax.numpy as jnp, memopt, optax
-      >>> optimizer = optax.adam(1e-2)
+      >>> optimizer = optax.sgd(0.1, momentum=0.9)
       >>> def step(params, moments, x):
       ...     grads = jax.grad(lambda p: jnp.mean((x @ p) ** 2))(params)
       ...     updates, moments = optimizer.update(grads, moments, params)
       ...     return optax.apply_updates(params, updates), moments
-      >>> step = memopt.optimize(step, passes=[memopt.passes.CompressState("int8", where="*.mu*")])
+      >>> step = memopt.optimize(step, passes=[memopt.passes.CompressState("int8", where="*.trace*")])
       >>> params = jnp.ones((128, 128))
       >>> moments = step.compress(optimizer.init(params))
       >>> params, moments = step(params, moments, jnp.ones((4, 128)))
-      >>> moments[0].mu.codes.dtype.name, step.decompress(moments)[0].mu.dtype.name
+      >>> moments[0].trace.codes.dtype.name, step.decompress(moments)[0].trace.dtype.name
       ('uint8', 'float32')
 
     Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022, section 2, for the state of any
