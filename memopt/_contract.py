@@ -81,6 +81,37 @@ class Pass(Protocol):
         ...
 
 
+@runtime_checkable
+class StateForm(Protocol):
+    """What the front end asks of a pass that stores leaves of the state in another form between steps.
+
+    `memopt.optimize` then takes and returns that form. `memopt._stored.LeafForm` has all three for passes that store
+    each leaf by itself.
+    """
+
+    @property
+    def name(self) -> str:
+        """The pass's name in plans."""
+        ...
+
+    @property
+    def stores_state(self) -> bool:
+        """Whether these settings store any leaf."""
+        ...
+
+    def compress(self, state: Any) -> Any:
+        """Return a state, or shapes of one, in the stored form; ValueError where there is nothing to store."""
+        ...
+
+    def decompress(self, state: Any) -> Any:
+        """Return a state, or shapes of one, in its plain form; plain leaves stay."""
+        ...
+
+    def over(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the step over the stored form; called with a plain state it raises a TypeError with the remedy."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What a pass that rewrites the step may know beside its jaxpr.

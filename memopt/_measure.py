@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from memopt._bytes import format_bytes
 from memopt._errors import TargetError
@@ -246,15 +246,17 @@ def _same_kind(sharding: jax.sharding.Sharding, expected: Any) -> bool:
 
 
 def _uncommitted(arguments: Any, expected: Any) -> Any:
-    """Replace arrays by their shapes, keeping shardings over devices of the kind expected."""
+    """Replace arrays by their shapes, keeping shardings over devices of the kind expected, and what is on the host."""
 
     def shape_of(leaf: Any) -> Any:
         if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
             return leaf
         sharding = leaf.sharding
-        kept = sharding is not None and _same_kind(sharding, expected)
+        if sharding is not None and not _same_kind(sharding, expected):
+            away = sharding.memory_kind == "pinned_host"
+            sharding = SingleDeviceSharding(expected, memory_kind="pinned_host") if away else None
         weak_type = getattr(leaf, "weak_type", False)  # typed PRNG keys have none
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if kept else None, weak_type=weak_type)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=weak_type)
 
     if not has_nnx(arguments):
         return jax.tree.map(shape_of, arguments)

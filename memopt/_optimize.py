@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from memopt import _compat_frontend as compat
-from memopt import _nnx
+from memopt import _nnx, _stored
 from memopt._budget import parse_budget, parse_reserve
 from memopt._dispatch import Core, NeedsNnx
 from memopt._fingerprint import arguments
@@ -151,9 +151,11 @@ class Optimized:
     ):
         functools.update_wrapper(self, fn, updated=())
         self._fn, self._options, self._settings = fn, options, settings
+        self._forms = _stored.forms_of(settings.passes)
         self._core: Any = None
         if nnx_mode is None:
-            self._core = Core(options.jit(fn) if plain is None else plain, options, settings)
+            given = options.jit(_stored.over_stored(fn, self._forms)) if plain is None or self._forms else plain
+            self._core = Core(given, options, settings)
         self._nnx = None if nnx_mode is None else self._make_nnx(nnx_mode)
         self._bound: weakref.WeakKeyDictionary[Any, Optimized] = weakref.WeakKeyDictionary()
 
@@ -164,7 +166,8 @@ class Optimized:
         own = JitOptions(**compat.jit_options(jitted))
         extra = JitOptions(compiler_options=self._options.compiler_options, keep_unused=self._options.keep_unused)
         options = extra.over(own)
-        plain = options.jit(compat.jitted_function(jitted)) if extra.keywords() else jitted
+        again = extra.keywords() or self._forms
+        plain = options.jit(_stored.over_stored(compat.jitted_function(jitted), self._forms)) if again else jitted
         return Core(plain, options, self._settings, pure=True)
 
     @property
@@ -238,14 +241,20 @@ class Optimized:
         return _explain.explain_program(self._ask(Core.unplanned, args, kwargs))
 
     def compress(self, state: Any) -> Any:
-        """Return the state in the form that the step stores: as it is, for no pass here changes that form."""
-        logger.info("%r: no pass changes the form of the state; compress returns it as it is", self)
-        return state
+        """Return a state, or shapes of one, in the form in which the step takes and returns it.
+
+        Call it once before the loop. Where no pass changes that form, the state comes back as it is.
+
+        Raises:
+            ValueError: a pass that stores state finds no leaf to store.
+        """
+        if not self._forms:
+            logger.info("%r: no pass changes the form of the state; compress returns it as it is", self)
+        return _stored.compress(state, self._forms)
 
     def decompress(self, state: Any) -> Any:
-        """Return the state in its plain form: as it is, for no pass here changes that form."""
-        logger.info("%r: no pass changes the form of the state; decompress returns it as it is", self)
-        return state
+        """Return a state, or shapes of one, in its plain form, for evaluation and checkpoints."""
+        return _stored.decompress(state, self._forms)
 
     def shardings(self, *args: Any, **kwargs: Any) -> Any:
         """Return the sharding of each array in `(args, kwargs)` as the step takes it, None where it has none."""

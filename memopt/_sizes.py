@@ -9,6 +9,8 @@ import itertools
 import math
 from typing import Any
 
+import jax
+
 _ALIGNMENT_BYTES = 64  # XLA:CPU and XLA:GPU buffers start and end on these.
 _LANES, _SUBLANES = 128, 8
 _PACKED_BITS = {"int2": 2, "uint2": 2, "int4": 4, "uint4": 4, "float4_e2m1fn": 4}
@@ -61,12 +63,17 @@ def padded_bytes(aval: Any, platform: str) -> int:
     Limits: what a layout is chosen for can force another: an operand of a matmul or a kernel may be padded more.
     """
     bits = element_bits(aval)
-    if not bits:
+    if not bits or is_on_host(aval):
         return 0
     if platform == "tpu":
         return _tiled_bytes(tuple(aval.shape), bits)
     size = (math.prod(aval.shape) * bits + 7) // 8
     return -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+
+
+def is_on_host(aval: Any) -> bool:
+    """Say whether a value is in the host's memory, where it takes none of the device's."""
+    return getattr(aval, "memory_space", None) is jax.memory.Space.Host
 
 
 def element_bits(aval: Any) -> int:
