@@ -1,9 +1,12 @@
 """The passes: one technique, one file. This list of the defaults is the only place that names concrete passes."""
 
+from memopt.passes.compress import Compress as Compress
 from memopt.passes.fuse_update import FuseUpdate as FuseUpdate
+from memopt.passes.lossless import Lossless as Lossless
+from memopt.passes.offload import Offload as Offload
 from memopt.passes.remat import Remat as Remat
 
-__all__ = ["FuseUpdate", "Remat", "default"]
+__all__ = ["Compress", "FuseUpdate", "Lossless", "Offload", "Remat", "default"]
 
 
 def default() -> list:
