@@ -159,14 +159,14 @@ class _Builder:
     def _outside_of(self, body: _Body, outer: Any, op: g.Op) -> Any:
         return self._read(body, outer, op.bin, op) if isinstance(outer, int) else outer
 
-    def _read(self, body: _Body, value: int, segment: int, reader: g.Op | None) -> Any:
+    def _read(self, body: _Body, value: int, segment: int, reader: g.Op | None, *, repeat: bool = False) -> Any:
         """Return the variable that holds a value for a reader in this segment, repeated or read back where planned."""
         item = self.graph.values[value]
         if self._repeats(body, value, segment, reader):
             return self._clone(body, value, segment) or self._repeat(body, item.op, segment, value, reader)
         here = item.region == body.region.id
         if not here or self._made(item) < segment:
-            form = self.forms.for_reader(value, reader)
+            form = self.forms.for_reader(value, reader, repeat=repeat)
             if form is not None:
                 return self._decode(body, value, segment, form)
         if here:
@@ -273,7 +273,7 @@ class _Builder:
         guarded = self._guard(body, batch, segment, reader)
         for one in batch:
             invars = [
-                v if o is None else guarded.get(o) or self._read(body, o, segment, reader)
+                v if o is None else guarded.get(o) or self._read(body, o, segment, reader, repeat=True)
                 for v, o in zip(one.eqn.invars, one.inputs, strict=True)
             ]
             outvars = [v if isinstance(v, c.DropVar) else c.Var(v.aval) for v in one.eqn.outvars]
@@ -332,7 +332,7 @@ class _Builder:
         made |= {one.inputs[0] for one in batch if one.eqn.primitive.name == "cond"}
         found: dict[int, Any] = {}
         for o in dict.fromkeys(o for one in batch for o in one.inputs if o is not None and o not in made):
-            var = self._read(body, o, segment, reader)
+            var = self._read(body, o, segment, reader, repeat=True)
             behind = [table[o][1] for table in (body.clones, body.decoded) if o in table]
             if all(var is not v for v in behind) and c.guardable(var):
                 found[o] = var

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -114,3 +115,64 @@ class Range(Codec):
             codes = b.unpack(codes, self.bits, b.view_shape(encoded.shape, None))
         wide = codes.astype(np.uint64 if encoded.dtype.itemsize == 8 else np.uint32)
         return wide + np.array(self.low & (2 ** (8 * wide.dtype.itemsize) - 1), wide.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Few(Codec):
+    """Values that are known to be one of at most four numbers, as one or two bits.
+
+    A value that is none of them comes back as one of them: that it cannot be has to be proven, not hoped for.
+
+    Args:
+      patterns: the numbers' bits, as unsigned integers of the size of the array's dtype.
+
+    Example:
+      >>> codec = Few((0x00000000, 0x3F800000))
+      >>> codec.decode(codec.encode(np.float32([1.0, 0.0]))).tolist()
+      [1.0, 0.0]
+    """
+
+    patterns: tuple[int, ...]
+
+    def __post_init__(self):
+        if not 1 <= len(self.patterns) <= 4:
+            raise ValueError(f"One to four numbers are kept as bits, not {len(self.patterns)}.")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return 1 if len(self.patterns) <= 2 else 2
+
+    @property
+    def name(self) -> str:
+        """Such as `2-bit of 3 numbers`."""
+        return f"{self.bits}-bit of {len(self.patterns)} numbers"
+
+    @property
+    def error(self) -> float:
+        """None."""
+        return 0.0
+
+    def accepts(self, dtype) -> bool:
+        """Take numbers of whole bytes."""
+        return np.dtype(dtype) != np.bool_ and np.dtype(dtype).itemsize in (1, 2, 4, 8)
+
+    def layout(self, shape, dtype) -> Encoded:
+        """Return bytes of four or eight codes each."""
+        return struct(self, shape, dtype, (b.packed_shape(b.view_shape(shape, None), self.bits), np.uint8))
+
+    def _encode(self, x, key):
+        kind = np.dtype(f"uint{8 * x.dtype.itemsize}")
+        found = jax.lax.bitcast_convert_type(x.reshape(b.view_shape(x.shape, None)), kind)
+        codes = jnp.zeros(found.shape, jnp.uint8)
+        for i, pattern in enumerate(self.patterns[1:], 1):
+            codes = jnp.where(found == kind.type(pattern), np.uint8(i), codes)
+        return b.pack(codes, self.bits), ()
+
+    def _decode(self, encoded):
+        kind = np.dtype(f"uint{8 * encoded.dtype.itemsize}")
+        codes = b.unpack(encoded.codes, self.bits, b.view_shape(encoded.shape, None))
+        found = jnp.full(codes.shape, self.patterns[0], kind)
+        for i, pattern in enumerate(self.patterns[1:], 1):
+            found = jnp.where(codes == np.uint8(i), kind.type(pattern), found)
+        return jax.lax.bitcast_convert_type(found, encoded.dtype)

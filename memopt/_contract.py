@@ -48,6 +48,8 @@ class Store:
       decode: that pytree -> a value of the same shape and dtype; traced once.
       error: largest relative error that the decoded value may have, as the pass states it; 0.0 is exact.
       name: what the plan calls this form, such as `"int8"`.
+      readers: ids of the operations, as the step is written, that the decoded value serves, where it is right for them
+        alone (a sketch for a weight gradient, bits for a pooling's); no repeat starts from it. None: all readers.
     """
 
     value: int
@@ -57,6 +59,7 @@ class Store:
     decode: Callable[[Any], Any]
     error: float = 0.0
     name: str = "encoded"
+    readers: frozenset[int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

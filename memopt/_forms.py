@@ -9,7 +9,8 @@ backward pass alone, which is what JAX transposed: `transpose` stands before `jv
 name stack, its loops' included. Dataflow cannot tell it: the gradient of a loss does not read the loss. Every other
 reader gets the value itself, and never a repeat that starts from a lossy form, directly or through other repeats. So
 losses, metrics and running statistics are those of the plain step, and only gradients, and what is made of them, carry
-the error. An operation that JAX did not mark, such as a gradient written by hand, counts as forward.
+the error. A form that is right for some readers alone says which, and no repeat starts from it. An operation that JAX
+did not mark, such as a gradient written by hand, counts as forward.
 """
 
 from __future__ import annotations
@@ -36,14 +37,47 @@ class Form:
       encode: open jaxpr without constants, of the value; its outputs are the encoded leaves.
       decode: one of the leaves; its output is the value again.
       lossy: whether the decoded value may differ.
+      readers: the operations that it serves; None where it serves all.
     """
 
     encode: Any
     decode: Any
     lossy: bool
+    readers: frozenset[int] | None = None
 
 
 _TRACED: weakref.WeakKeyDictionary[g.Graph, dict[int, tuple[Store, Form]]] = weakref.WeakKeyDictionary()
+
+
+class Marks:
+    """Which operations of a graph are of the backward pass, by the transforms that JAX notes on them."""
+
+    def __init__(self, graph: g.Graph):
+        self.graph = graph
+        self._backward: dict[int, bool] = {}
+
+    def is_backward(self, op: g.Op | None) -> bool:
+        """Say whether an operation, and all that are one with it, are of the backward pass; the step's outputs not."""
+        if op is None:
+            return False
+        if op.id not in self._backward:
+            places = [(op.region, op.eqn), *op.twins]
+            self._backward[op.id] = all(self._is_transposed(region, eqn) for region, eqn in places)
+        return self._backward[op.id]
+
+    def serves(self, store: Store, reader: g.Op | None) -> bool:
+        """Say whether a reader in a later place may take a value from this form of it."""
+        if store.readers is not None and (reader is None or reader.id not in store.readers):
+            return False
+        return store.error <= 0.0 or self.is_backward(reader)
+
+    def _is_transposed(self, region: int, eqn: Any) -> bool:
+        names = [*self._around(region), *c.transforms(eqn)]
+        return next((name for name in names if name in ("jvp", "transpose")), None) == "transpose"
+
+    def _around(self, region: int) -> list[str]:
+        loop = self.graph.regions[region].op
+        return [] if loop is None else [*self._around(loop.region), *c.transforms(loop.eqn)]
 
 
 class Forms:
@@ -57,44 +91,31 @@ class Forms:
 
     def __init__(self, graph: g.Graph, stores: Mapping[int, Store], repeated: frozenset[int]):
         self.graph = graph
+        self.marks = Marks(graph)
         self.of = {value: _traced(graph, store) for value, store in stores.items()}
         self.lossy_repeats: set[int] = set()  # operations whose repeats start from a lossy form
         if any(form.lossy for form in self.of.values()):
             for op in sorted(repeated):
                 if any(self._is_lossy(v) for v in graph.ops[op].inputs if v is not None):
                     self.lossy_repeats.add(op)
-        self._backward: dict[int, bool] = {}
 
     def _is_lossy(self, value: int) -> bool:
         maker = self.graph.values[value].op
-        stored = value in self.of and self.of[value].lossy
+        stored = value in self.of and self.of[value].lossy and self.of[value].readers is None
         return stored or (maker is not None and maker.id in self.lossy_repeats)
 
     def may_repeat(self, op: g.Op, reader: g.Op | None) -> bool:
         """Say whether a reader may take the result of this operation's repeat."""
-        return op.id not in self.lossy_repeats or self.is_backward(reader)
+        return op.id not in self.lossy_repeats or self.marks.is_backward(reader)
 
-    def for_reader(self, value: int, reader: g.Op | None) -> Form | None:
-        """Return the form that a reader decodes a value from; None where it reads the value itself."""
+    def for_reader(self, value: int, reader: g.Op | None, *, repeat: bool = False) -> Form | None:
+        """Return the form that a reader, or a repeat for it, decodes a value from; None: it reads the value itself."""
         form = self.of.get(value)
-        return form if form is not None and (not form.lossy or self.is_backward(reader)) else None
-
-    def is_backward(self, op: g.Op | None) -> bool:
-        """Say whether an operation, and all that are one with it, are of the backward pass; the step's outputs not."""
-        if op is None:
-            return False
-        if op.id not in self._backward:
-            places = [(op.region, op.eqn), *op.twins]
-            self._backward[op.id] = all(self._is_transposed(region, eqn) for region, eqn in places)
-        return self._backward[op.id]
-
-    def _is_transposed(self, region: int, eqn: Any) -> bool:
-        names = [*self._around(region), *c.transforms(eqn)]
-        return next((name for name in names if name in ("jvp", "transpose")), None) == "transpose"
-
-    def _around(self, region: int) -> list[str]:
-        loop = self.graph.regions[region].op
-        return [] if loop is None else [*self._around(loop.region), *c.transforms(loop.eqn)]
+        if form is None or (form.lossy and not self.marks.is_backward(reader)):
+            return None
+        if form.readers is not None and (repeat or reader is None or reader.id not in form.readers):
+            return None
+        return form
 
 
 def emit(jaxpr: Any, operands: Sequence[Any], like: Any) -> tuple[list[Any], list[Any]]:
@@ -148,7 +169,7 @@ def _trace(store: Store, aval: Any) -> Form:
         raise ValueError(f"The form {store.name!r} has effects: encode and decode have to be pure.")
     if getattr(back, "shape", None) != aval.shape or back.dtype != aval.dtype:
         raise ValueError(f"The form {store.name!r} decodes {aval.str_short()} to {back}: it has to give back the same.")
-    return Form(_flat(encode), _flat(decode), store.error > 0.0)
+    return Form(_flat(encode), _flat(decode), store.error > 0.0, store.readers)
 
 
 def _flat(closed: Any) -> Any:

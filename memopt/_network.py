@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from ortools.graph.python import max_flow
 
+from memopt import _forms, _segments
 from memopt import _graph as g
-from memopt import _segments
 from memopt._contract import Store
 from memopt._survey import Survey
 
@@ -75,8 +75,18 @@ class Network:
         self.repeatable = repeatable
         self.always = always
         self.stores: dict[int, list[Store]] = {}
-        for store in stores:
-            self.stores.setdefault(store.value, []).append(store)
+        self.narrow: dict[int, Store] = {}  # forms for some readers alone: the smallest of each value
+        for store in sorted(stores, key=lambda store: store.bytes):
+            if store.readers is None:
+                self.stores.setdefault(store.value, []).append(store)
+            else:
+                self.narrow.setdefault(store.value, store)
+        self.marks = _forms.Marks(self.graph)
+        self.readers: dict[tuple[int, int], list[g.Op]] = {}  # (value, place) -> what reads it there, as written
+        self.forward: set[int] = set()  # places in which something is not of the backward pass
+        if stores:
+            self._find_readers()
+        self.coded: dict[int, Store] = {}  # arc that pays for a form beside the value itself -> that form
         self.encodings: list[
             tuple
         ] = []  # (arc, value), another form of keeping it, runs of the operation that makes it
@@ -137,6 +147,9 @@ class Network:
             for arc, (value, store) in encoded.items()
             if self.heads[arc] in sink_side and self.tails[arc] not in sink_side
         }
+        for arc, store in self.coded.items():
+            if self.heads[arc] in sink_side and self.tails[arc] not in sink_side:
+                kept.setdefault(store.value, store)
         return Choice({place: frozenset(ops) for place, ops in chosen.items()}, kept)
 
     def _node(self) -> int:
@@ -186,8 +199,35 @@ class Network:
             chained = before if before is not None and before[0] == value else None
             node = self._available(value, place, chained)
             if node is not None:
-                self._arc(node, SINK)
+                self._arc(self._coded(node, value, place, chained), SINK)
                 before = (value, place)
+
+    def _find_readers(self) -> None:
+        for op in self.graph.ops:
+            for v in dict.fromkeys(v for i, v in enumerate(op.inputs) if v is not None and i not in op.mapped):
+                self.readers.setdefault((v, op.bin), []).append(op)
+            if not op.bodies and not self.marks.is_backward(op):
+                self.forward.add(op.bin)
+
+    def _serves(self, store: Store, value: int, place: int) -> bool:
+        """Say whether a form does for what reads a value at a place, and for what is repeated from it there."""
+        readers = self.readers.get((value, place), [])
+        if store.error and place in self.forward and not readers:
+            return False  # a repeat from a lossy form serves the backward pass alone
+        return all(self.marks.serves(store, reader) for reader in readers)
+
+    def _coded(self, node: int, value: int, place: int, chained: tuple[int, int] | None) -> int:
+        """Return the node of a value or of a form of it that does for its readers here, though not for repeats."""
+        store, span = self.narrow.get(value), self.survey.span(value, place)
+        if store is None or span is None or not self._serves(store, value, place):
+            return node
+        first = span[0] if chained is None else max(span[0], self._when(*chained) + 1)
+        runs = self.graph.regions[self.graph.values[value].region].trips
+        held = self.survey.kept_bytes(value, place) * store.bytes / max(1, self.survey.bytes_of_value(value))
+        coded = self._node()
+        self.coded[len(self.arcs)] = store
+        self._arc(node, coded, store.seconds * runs if chained is None else 0.0, held, first, span[1])
+        return coded
 
     def _when(self, value: int, place: int) -> int:
         return place if self.survey.is_here(value, place) else self.survey.region_of_bin[place].op.bin
@@ -215,7 +255,8 @@ class Network:
         op_node = self._operation(item.op, place) if item.op is not None else None
         if first <= last:
             runs = self.graph.regions[item.region].trips
-            self.encodings += [((len(self.arcs), value), store, runs) for store in self.stores.get(value, ())]
+            forms = [store for store in self.stores.get(value, ()) if self._serves(store, value, place)]
+            self.encodings += [((len(self.arcs), value), store, runs) for store in forms]
         if op_node is None:
             self._arc(SOURCE, node, 0.0, held, first, last)
             return

@@ -1,11 +1,14 @@
 """The passes: one technique, one file. This list of the defaults is the only place that names concrete passes."""
 
+from memopt.passes.compress import Compress as Compress
 from memopt.passes.compress_state import CompressState as CompressState
 from memopt.passes.fuse_update import FuseUpdate as FuseUpdate
 from memopt.passes.kernels import Kernels as Kernels
+from memopt.passes.lossless import Lossless as Lossless
+from memopt.passes.offload import Offload as Offload
 from memopt.passes.remat import Remat as Remat
 
-__all__ = ["CompressState", "FuseUpdate", "Kernels", "Remat", "default"]
+__all__ = ["Compress", "CompressState", "FuseUpdate", "Kernels", "Lossless", "Offload", "Remat", "default"]
 
 
 def default() -> list:

@@ -1,0 +1,124 @@
+"""The sorting table of the passes that store residuals in another form: which values are read later, by whom.
+
+In: a survey. Out: for each value made before it is needed again the operations that read it later, whether those are
+the backward pass, module paths for `where=`, and the seconds of moving bytes. It proposes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from memopt import _compat as c
+from memopt import _forms, _scopes
+from memopt import _graph as g
+from memopt._survey import Survey
+
+#: Values below these bytes are not worth another form: their codes and scales round up to whole tiles.
+LEAST_BYTES = 4096
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Residual:
+    """A value that something may read in a later place than the one that makes it.
+
+    Attributes:
+      value: its id in the survey's graph.
+      aval: its abstract value, on one device where the step is sharded.
+      bytes: bytes of one, padded as the target pads them.
+      readers: ids of the operations that read it in a later segment or loop, as the step is written.
+      lossy_readers: whether one of those is of the backward pass, or there are none as the step is written, so that
+        only repeats may read it.
+      module: module path of the operation that makes it; a loop's carry has its loop's.
+      trips: how often its region runs.
+    """
+
+    value: int
+    aval: Any
+    bytes: int
+    readers: frozenset[int]
+    lossy_readers: bool
+    module: str
+    trips: int
+
+
+_KNOWN: weakref.WeakKeyDictionary[Survey, list[Residual]] = weakref.WeakKeyDictionary()
+
+
+def residuals(survey: Survey) -> list[Residual]:
+    """Return the forward values that may be stored in another form, also those that only a repeat would read later."""
+    if survey not in _KNOWN:
+        _KNOWN[survey] = list(_find(survey))
+    return _KNOWN[survey]
+
+
+def _find(survey: Survey) -> Iterator[Residual]:
+    graph, marks = survey.graph, _forms.Marks(survey.graph)
+    readers = later_readers(graph)
+    paths = functools.cache(lambda region: _around(graph, region))
+    for item in graph.values:
+        if item.kind not in (g.MADE, g.CARRY_IN) or not c.guardable(item.var) or c.is_local(item.aval):
+            continue
+        if item.op is not None and not _is_candidate(item.op, marks):
+            continue  # a loop's result; the backward pass's own; a constant, which is made again for nothing
+        found = readers.get(item.id, set())
+        size = survey.bytes_of_value(item.id)
+        if size < LEAST_BYTES:
+            continue
+        stack = str(c.name_stack(item.op.eqn)) if item.op is not None else ""
+        path = _scopes.module_path("/".join(p for p in (paths(item.region), stack) if p))
+        lossy = not found or any(marks.is_backward(graph.ops[o]) for o in found)
+        trips = graph.regions[item.region].trips
+        yield Residual(item.id, survey.aval_of(item.id), size, frozenset(found), lossy, path, trips)
+
+
+def _is_candidate(op: g.Op, marks: _forms.Marks) -> bool:
+    return not op.bodies and not marks.is_backward(op) and any(v is not None for v in op.inputs)
+
+
+def later_readers(graph: g.Graph) -> dict[int, set[int]]:
+    """Return, by value, the operations that read it in a later time segment or in another region."""
+    readers: dict[int, set[int]] = {}
+    for region in graph.regions:
+        for op in region.ops:
+            for i, v in enumerate(op.inputs):
+                if v is None or i in op.mapped:
+                    continue
+                item = graph.values[v]
+                if item.region != region.id or (item.op is None or item.op.bin < op.bin):
+                    readers.setdefault(v, set()).add(op.id)
+    return readers
+
+
+def _around(graph: g.Graph, region: int) -> str:
+    op = graph.regions[region].op
+    if op is None:
+        return ""
+    return "/".join(p for p in (_around(graph, op.region), str(c.name_stack(op.eqn))) if p)
+
+
+def paths(survey: Survey) -> list[str]:
+    """Return the module paths of all operations, for patterns that match nothing."""
+    graph = survey.graph
+    around = functools.cache(lambda region: _around(graph, region))
+    found = {"/".join(p for p in (around(op.region), str(c.name_stack(op.eqn))) if p) for op in graph.ops}
+    return sorted(map(_scopes.module_path, found))
+
+
+def chosen(survey: Survey, where: tuple[str, ...]) -> list[Residual]:
+    """Return the residuals whose module path matches a pattern; all without patterns.
+
+    Raises:
+      ValueError: a pattern matches no module path of the step.
+    """
+    if where:
+        _scopes.check_patterns(where, paths(survey))
+    return [r for r in residuals(survey) if not where or any(_scopes.match_path(p, r.module) for p in where)]
+
+
+def move_seconds(survey: Survey, stored: int, plain: int) -> float:
+    """Return the seconds of writing and reading a stored form, and of reading the value once to encode it."""
+    return (2 * stored + plain) / survey.spec.memory_bytes_per_second

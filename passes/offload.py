@@ -1,0 +1,107 @@
+"""Offload: residuals in the host's memory until they are read again.
+
+In: a survey of the step. Out: a `Store` without error for each large forward value, that takes no bytes of the device
+while it is away, and the seconds of the link to the host and back. Which of them are taken is the planner's choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from memopt._contract import Left, Store
+from memopt._survey import Survey
+from memopt.passes import _residuals
+
+
+@dataclasses.dataclass(frozen=True)
+class Offload:
+    """Let the planner send forward values to the host's memory, and fetch them where the backward pass reads them.
+
+    Device memory falls by what is away; the cost is each byte twice over the link to the host, of which as much is
+    hidden as the device computes meanwhile. Exact. After compiling, `host_temp_bytes` tells what really went.
+
+    Args:
+      where: `fnmatch` patterns on module paths, a string or a tuple; empty for everything.
+      fraction: the part of each value that goes, along its longest axis; the rest stays on the device (MEMO's alpha:
+        with a pass that repeats, values of which nothing goes are repeated).
+      hidden: the part of a transfer that is hidden behind computation, from 0 to 1; the rest is counted as time.
+      least_bytes: smaller values stay.
+
+    Example:
+      >>> import memopt
+      >>> memopt.passes.Offload()
+      Offload(where=(), fraction=1.0, hidden=0.5, least_bytes=1048576)
+
+    Raises:
+      ValueError: a fraction outside its range, or a pattern that matches no module path.
+
+    Source: Rhu et al., "vDNN: Virtualized Deep Neural Networks for Scalable, Memory-Efficient Neural Network Design",
+    MICRO 2016; the fraction of tokens is Zhao et al., "MEMO: Fine-grained Tensor Management For Ultra-long Context LLM
+    Training", 2024 (arXiv 2407.12117), section 4.
+
+    Limits: on XLA:CPU, where host and device memory are one, this changes no figure. XLA may drop a transfer.
+    """
+
+    where: str | tuple[str, ...] = ()
+    fraction: float = 1.0
+    hidden: float = 0.5
+    least_bytes: int = 1 << 20
+
+    def __post_init__(self):
+        object.__setattr__(self, "where", (self.where,) if isinstance(self.where, str) else tuple(self.where))
+        if not 0.0 < self.fraction <= 1.0:
+            raise ValueError(f"The fraction that goes to the host is above 0 and at most 1, not {self.fraction}.")
+        if not 0.0 <= self.hidden <= 1.0:
+            raise ValueError(f"The hidden part of a transfer is from 0 to 1, not {self.hidden}.")
+
+    @property
+    def name(self) -> str:
+        """The pass's name in plans."""
+        return "offload"
+
+    def propose(self, survey: Survey) -> Iterator[Store | Left]:
+        """Yield a `Store` for every forward value large enough."""
+        link = survey.spec.host_bytes_per_second
+        if not link:
+            yield Left("Offload", "the link between this device and its host is not known")
+            return
+        for one in _residuals.chosen(survey, self.where):
+            if one.bytes < self.least_bytes or not one.aval.shape:
+                continue
+            form = _Away(*_part(one.aval.shape, self.fraction), one.aval.shape)
+            stays = one.bytes * (1 - form.count / one.aval.shape[form.axis])
+            seconds = 2 * (one.bytes - stays) / link * (1 - self.hidden)
+            yield Store(one.value, seconds, int(stays), form.encode, form.decode, name="host")
+
+
+def _part(shape: tuple[int, ...], fraction: float) -> tuple[int, int]:
+    """Return the longest axis that is not the last one, and how much of it goes."""
+    axis = max(range(max(1, len(shape) - 1)), key=lambda a: shape[a])
+    return axis, max(1, round(shape[axis] * fraction))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Away:
+    """An array of which the first `count` entries along an axis are in the host's memory."""
+
+    axis: int
+    count: int
+    shape: tuple[int, ...]
+
+    def encode(self, x: Any) -> tuple[Any, ...]:
+        """Return the part that goes, and the part that stays if there is one."""
+        if self.count == self.shape[self.axis]:
+            return (jax.device_put(x, jax.memory.Space.Host),)
+        goes = jax.lax.slice_in_dim(x, 0, self.count, axis=self.axis)
+        stays = jax.lax.slice_in_dim(x, self.count, self.shape[self.axis], axis=self.axis)
+        return jax.device_put(goes, jax.memory.Space.Host), stays
+
+    def decode(self, parts: tuple[Any, ...]) -> Any:
+        """Return the array on the device."""
+        here = [jax.device_put(parts[0], jax.memory.Space.Device), *parts[1:]]
+        return here[0] if len(here) == 1 else jnp.concatenate(here, axis=self.axis)
