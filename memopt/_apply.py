@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _forms, _handover, _segments, _settled
+from memopt import _forms, _handover, _pairs, _segments, _settled
 from memopt import _graph as g
 from memopt._contract import Store
 
@@ -62,6 +62,7 @@ class _Body:
         self.leaves: dict[int, list[Any]] = {}  # value of a source region -> what brings its leaves into this body
         self.new_consts: list[tuple[Any, Any]] = []  # (variable, value outside, a literal or the variable itself)
         self.new_xs: list[tuple[Any, Any]] = []  # and those that come in as slices
+        self.specs: dict[Any, Any] = {}  # variable that comes in anew -> its layout, where this is a `shard_map`
         self.lifted: dict[Any, Any] = {}  # variable of a source region -> the variable that brings it into this body
         self.outs: list[Any] = []
         self.pending: list[tuple[int, g.Op, list[_Body]]] = []  # operations whose bodies are settled when all are built
@@ -237,20 +238,27 @@ class _Builder:
         if item.kind in (g.CONST_IN, g.XS_IN):
             outer = maker.inputs[item.operand]
             atom = maker.eqn.invars[item.operand] if outer is None else outer
-            return self._new_input(body, item.aval, atom, item.kind == g.XS_IN)
+            return self._new_input(body, item.aval, atom, maker, item.operand)
         if item.kind == g.INVAR:
             raise AssertionError("a closed-over constant of a body was not hoisted")
         position = self.graph.out_position(maker, item.id)
-        if position is None or isinstance(maker.eqn.outvars[position], c.DropVar):
+        if position is None or not _handover.hands_out(maker.eqn, position, item.aval):
             return self._import(body, item.region, item.var)
         here = maker.region == body.parent.region.id
         atom = maker.eqn.outvars[position] if here else maker.outputs[position]
-        return self._new_input(body, item.aval, atom, _handover.slices(maker.eqn))
+        return self._new_input(body, item.aval, atom, maker, None)
 
-    def _new_input(self, body: _Body, aval: Any, outer: Any, sliced: bool) -> Any:
-        var = c.Var(aval)
+    def _new_input(self, body: _Body, aval: Any, outer: Any, maker: g.Op, operand: int | None) -> Any:
+        """Return a new input of a body, for one of its maker's operands or for what its maker hands out."""
+        var = c.Var(aval if operand is not None else _handover.brought_aval(maker.eqn, aval))
+        sliced = _handover.slices(maker.eqn) if operand is None else operand in _handover.sliced(maker.eqn)
         (body.new_xs if sliced else body.new_consts).append((var, outer))
-        return var
+        body.specs[var] = _handover.layout(maker.eqn, operand, aval)
+        if var.aval.shape == aval.shape:
+            return var
+        scalar = c.Var(aval)
+        body.eqns.append(_pairs.reshape(var, scalar, maker.eqn))
+        return scalar
 
     def _import(self, body: _Body, home: int, var: Any) -> Any:
         """Return what brings a variable of a source region into this body, handed out by its operation for that."""
@@ -264,7 +272,7 @@ class _Builder:
                 self.home[var] = home
                 self.bin_of[extra[var]] = maker.bin
             outer = self._import(body.parent, maker.region, extra[var])
-            body.lifted[var] = self._new_input(body, var.aval, outer, _handover.slices(maker.eqn))
+            body.lifted[var] = self._new_input(body, var.aval, outer, maker, None)
         return body.lifted[var]
 
     def _repeat(self, body: _Body, op: g.Op, segment: int, value: int, reader: g.Op | None) -> Any:
@@ -303,7 +311,8 @@ class _Builder:
 
     def _guard(self, body: _Body, batch: list[g.Op], segment: int, reader: g.Op | None) -> dict[int, Any]:
         """Pass what the batch reads from outside through a barrier, tied to the latest original value."""
-        if body.region.sources and all(one.region != body.region.id for one in batch):
+        own = body.region.op is not None and body.region.op.eqn.primitive.name != "shard_map"
+        if own and body.region.sources and all(one.region != body.region.id for one in batch):
             return {}  # a loop body of its own: there is nothing to merge with
         return self._barrier(body, self._outside(body, batch, segment, reader), batch[0].eqn, segment)
 

@@ -189,6 +189,30 @@ def vma(aval: Any) -> frozenset:
     return frozenset(getattr(aval, "vma", ())) if manual is None else frozenset(manual.varying)
 
 
+def manual_axes(eqn: Any) -> tuple[str, ...]:
+    """Return the mesh axes over which a `shard_map` splits, in the mesh's order."""
+    found = eqn.params.get("manual_axes", eqn.params.get("newly_manual_axes", ()))
+    return tuple(name for name in eqn.params["mesh"].axis_names if name in found)
+
+
+def handing_spec(eqn: Any, aval: Any) -> Any:
+    """Return the layout in which a `shard_map` hands out each device's own value, as JAX does for residuals."""
+    checked = eqn.params["check_vma"]
+    axes = tuple(name for name in manual_axes(eqn) if not checked or name in vma(aval))
+    return jax.sharding.PartitionSpec(axes) if axes else jax.sharding.PartitionSpec()
+
+
+def is_exact_spec(eqn: Any, spec: Any) -> bool:
+    """Say whether a result of a `shard_map` in this layout is each device's own value, none of them dropped."""
+    names = {n for part in spec if part is not None for n in (part if isinstance(part, tuple) else (part,))}
+    return bool(eqn.params["check_vma"]) or names.issuperset(manual_axes(eqn))
+
+
+def gathered_aval(eqn: Any, aval: Any) -> Any:
+    """Return the type, outside a `shard_map`, of what it hands out of a value of its body."""
+    return _core.unshard_aval(eqn.params["mesh"], eqn.params["check_vma"], handing_spec(eqn, aval), aval)
+
+
 def is_local(aval: Any) -> bool:
     """Say whether a type tells of a mesh: it varies over axes, or its sharding is explicit or manual."""
     mesh = getattr(getattr(aval, "sharding", None), "mesh", None)

@@ -2,7 +2,8 @@
 
 In: an operation with bodies (a loop, a `cond`, a `shard_map`), its bodies as they were built anew, and the variables of
 these bodies that later bodies want to read. Out: the equation with these operands and results. A loop hands a value out
-as a stack of its slices, a branch as it is, the other branches then filling it with zeros. It decides nothing.
+as a stack of its slices; a branch as it is, the other branches then filling in zeros; a `shard_map` as one array of all
+devices' values. It decides nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import jax
 import numpy as np
 
 from memopt import _compat as c
-from memopt import _paired
+from memopt import _paired, _pairs
+
+_EVERYWHERE = jax.sharding.PartitionSpec()
 
 
 def slices(eqn: Any) -> bool:
@@ -22,9 +25,36 @@ def slices(eqn: Any) -> bool:
     return eqn.primitive.name == "scan"
 
 
+def sliced(eqn: Any) -> range:
+    """Return the operands that an equation's body reads slice by slice."""
+    return range(sum(c.scan_layout(eqn)), len(eqn.invars)) if slices(eqn) else range(0)
+
+
+def layout(eqn: Any, operand: int | None, aval: Any) -> Any | None:
+    """Return how an operand of a `shard_map`, or a value that it hands out, is spread over the mesh; else None."""
+    if eqn.primitive.name != "shard_map":
+        return None
+    return c.handing_spec(eqn, aval) if operand is None else eqn.params["in_specs"][operand]
+
+
+def hands_out(eqn: Any, position: int, aval: Any) -> bool:
+    """Say whether an equation's result is there to be read, as each body's own value."""
+    if isinstance(eqn.outvars[position], c.DropVar):
+        return False
+    return eqn.primitive.name != "shard_map" or eqn.params["out_specs"][position] == c.handing_spec(eqn, aval)
+
+
 def handed_aval(eqn: Any, aval: Any) -> Any:
     """Return the type of what hands a value of a body out."""
+    if eqn.primitive.name == "shard_map":
+        return c.gathered_aval(eqn, brought_aval(eqn, aval))
     return c.stacked_aval(aval, eqn.params["length"]) if slices(eqn) else aval
+
+
+def brought_aval(eqn: Any, aval: Any) -> Any:
+    """Return the type in which a value that is handed out comes into another body: a `shard_map` has no scalars."""
+    scalar = eqn.primitive.name == "shard_map" and not aval.shape and c.handing_spec(eqn, aval) != _EVERYWHERE
+    return c.stacked_aval(aval, 1) if scalar else aval
 
 
 def constants_end(eqn: Any) -> int:
@@ -50,6 +80,8 @@ def rebuild(eqn: Any, op: Any, inner: Sequence[Any], extra: Mapping[Any, tuple[i
     """
     if slices(eqn):
         return _loop(eqn, op, inner[0], extra)
+    if eqn.primitive.name == "shard_map":
+        return _shard_map(eqn, op, inner[0], extra)
     shift = _paired.first_operand(op.eqn)
     new = []
     for old, body in zip(_paired.bodies(op.eqn), inner, strict=True):
@@ -59,6 +91,23 @@ def rebuild(eqn: Any, op: Any, inner: Sequence[Any], extra: Mapping[Any, tuple[i
         new.append(_closed_like(old, [*fills, *body.eqns], body.outs + outs, kept + come))
     key = _paired.BODIES[op.eqn.primitive.name]
     params = dict(op.eqn.params, **{key: tuple(new) if isinstance(op.eqn.params[key], tuple) else new[0]})
+    return c.replace_eqn(eqn, outvars=[*eqn.outvars, *(out for _, out in extra.values())], params=params)
+
+
+def _shard_map(eqn: Any, op: Any, inner: Any, extra: Mapping[Any, tuple[int, Any]]) -> Any:
+    old = list(enumerate(c.open_jaxpr(op.bodies[0].jaxpr).invars))
+    kept = [(i, v) for i, v in old if i not in op.mapped]
+    new = [v for v, _ in inner.new_consts]
+    in_specs = [op.eqn.params["in_specs"][i] for i, _ in kept] + [inner.specs[v] for v in new]
+    out_specs = [*op.eqn.params["out_specs"], *(c.handing_spec(op.eqn, var.aval) for var in extra)]
+    outs, eqns = list(inner.outs), list(inner.eqns)
+    for var in extra:
+        out = c.Var(brought_aval(op.eqn, var.aval))
+        if out.aval.shape != var.aval.shape:
+            eqns.append(_pairs.reshape(var, out, op.eqn))
+        outs.append(out if out.aval.shape != var.aval.shape else var)
+    jaxpr = _closed_like(op.bodies[0].jaxpr, eqns, outs, [v for _, v in kept] + new)
+    params = dict(op.eqn.params, jaxpr=jaxpr, in_specs=tuple(in_specs), out_specs=tuple(out_specs))
     return c.replace_eqn(eqn, outvars=[*eqn.outvars, *(out for _, out in extra.values())], params=params)
 
 

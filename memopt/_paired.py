@@ -155,4 +155,34 @@ def _is_fillable(aval: Any) -> bool:
 
 
 def _of_shard_map(graph: Any, region: Any, op: Any) -> tuple[list[dict[int, int]], list[Any]]:
-    return [{}], []
+    """Pair what one map hands to another in the same layout, where that is the value itself on every device."""
+    shared: dict[int, int] = {}
+    makers = []
+    invars = c.open_jaxpr(op.eqn.params["jaxpr"]).invars
+    for i, operand in enumerate(op.inputs):
+        maker = maker_of(graph, region, operand, "shard_map")
+        if maker is None or not _is_same_map(maker.eqn, op.eqn):
+            continue
+        position = maker.outputs.index(operand)
+        spec = maker.eqn.params["out_specs"][position]
+        inner = _own(graph, maker, 0, position)
+        if inner is None or spec != op.eqn.params["in_specs"][i] or not c.is_exact_spec(maker.eqn, spec):
+            continue
+        if graph.values[inner].aval == invars[i].aval:
+            shared[i] = inner
+            makers.append(maker)
+    makers = list(dict.fromkeys(makers))
+    for maker in makers:
+        known = {
+            (v, str(s)): n for n, (v, s) in enumerate(zip(maker.inputs, maker.eqn.params["in_specs"], strict=True))
+        }
+        for i, (v, spec) in enumerate(zip(op.inputs, op.eqn.params["in_specs"], strict=True)):
+            if i not in shared and v is not None and (v, str(spec)) in known:
+                _share(graph, maker, 0, known[v, str(spec)], shared, i)
+    return [shared], makers
+
+
+def _is_same_map(one: Any, other: Any) -> bool:
+    if c.open_jaxpr(one.params["jaxpr"]).constvars:
+        return False
+    return all(one.params[k] == other.params[k] for k in one.params if k not in ("jaxpr", "in_specs", "out_specs"))

@@ -233,6 +233,10 @@ class _Writer:
     def _when(self, index: int, *, late: bool = False) -> int:
         if index >= len(self.graph.ops) or index < 0:
             return self.end if index >= 0 else min((low for low, _ in self.span.values()), default=self.end)
+        while index not in self.span:  # nothing uses its results: what is made there is made by what comes next
+            index += 1
+            if index >= len(self.graph.ops):
+                return self.end
         low, high = self.span[index]
         return high if late else low
 

@@ -1,4 +1,4 @@
-"""Bodies in pairs beyond two loops of one region: loops in paired loops, branches of a `cond`, and both in each other.
+"""Bodies in pairs beyond two loops of one region: loops in paired loops, branches of a `cond`, maps, each in others.
 
 Every program is differentiated in float64; forced repeats of all shares must give the step's own values, twice. What is
 paired is asserted on the graph, what is saved on the planner's ladder.
@@ -152,6 +152,43 @@ def two_pulls():
     return step, (draw(0, W, W), draw(1, 3, W))
 
 
+def mapped(check_vma, scanned):
+    """A differentiated `shard_map`, which leaves two of them, with a scalar between; layers unrolled or scanned."""
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+
+    def layer(x, w):
+        h = jnp.tanh(x @ w)
+        shared = jax.lax.pmean(jnp.square(h).mean(), "d")
+        return jnp.sin(h @ w) * jnp.exp(-shared) * h.sum() + jnp.cos(h), None
+
+    def local(ws, x):
+        if scanned:
+            return jax.lax.scan(layer, x, ws)[0]
+        for w in ws:
+            x, _ = layer(x, w)
+        return x
+
+    def loss(ws, x):
+        specs = (spec(), spec("d"))
+        y = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec("d"), check_vma=check_vma)(ws, x)
+        return (y**2).sum()
+
+    return jax.value_and_grad(loss, (0, 1)), (draw(0, 2, W, W), draw(1, 6, W))
+
+
+def maps():
+    return mapped(True, False)
+
+
+def unchecked_maps():
+    return mapped(False, False)
+
+
+def loops_in_maps():
+    return mapped(True, True)
+
+
 def keys_in_a_branch():
     """Typed keys in a branch, which no other branch can fill in for: it stays as it was."""
 
@@ -164,7 +201,8 @@ def keys_in_a_branch():
 
 NESTED = (rnn_a_layer, chunked_attention, three_levels, two_inner_loops, accumulated_inside)
 BRANCHES = (branch_a_layer, switches, two_pulls)
-PROGRAMS = {f.__name__: f for f in (*NESTED, *BRANCHES, keys_in_a_branch)}
+MAPS = (maps, unchecked_maps, loops_in_maps)
+PROGRAMS = {f.__name__: f for f in (*NESTED, *BRANCHES, *MAPS, keys_in_a_branch)}
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
@@ -208,6 +246,8 @@ def test_what_is_paired():
         assert ("scan", True) in pairs(program.__name__), program
     assert ("cond", True) in pairs("branch_a_layer") and ("cond", True) in pairs("two_pulls")
     assert pairs("switches") == {("cond", False), ("scan", True)}
+    assert pairs("maps") == pairs("unchecked_maps") == {("shard_map", False)}
+    assert pairs("loops_in_maps") == {("shard_map", False), ("scan", True)}
     assert not pairs("keys_in_a_branch")
 
 

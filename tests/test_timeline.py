@@ -94,3 +94,25 @@ def test_a_scanned_step_is_predicted_on_a_tpu():
     compiled = memopt.measure(step, *shapes, target="tpu:v5e")
     found = simulate(jax.make_jaxpr(step)(*shapes), target="tpu:v5e")
     assert found.peak_bytes == pytest.approx(compiled.peak_bytes, rel=0.15)
+
+
+@pytest.mark.parametrize("target", ["cpu", "tpu:v5e"])
+@pytest.mark.parametrize("loop", ["while", "scan"])
+def test_a_body_may_begin_with_what_nothing_uses(target, loop):
+    """A user's dead statement stays in the jaxpr of a loop's body: what comes first there has no place in time."""
+
+    def body(dead, carry, _=None):
+        i, x, y = carry
+        if dead:
+            jnp.exp(y).sum()
+        return i + 1, y, x @ y
+
+    def step(dead, x):
+        start = (jnp.int32(0), x, x + 1.0)
+        if loop == "while":
+            return lax.while_loop(lambda carry: carry[0] < 3, lambda carry: body(dead, carry), start)
+        return lax.scan(lambda carry, _: (body(dead, carry), carry[1]), start, length=3)
+
+    shape = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+    clean, dead = (simulate(jax.make_jaxpr(lambda x, d=d: step(d, x))(shape), target=target) for d in (False, True))
+    assert dead.peak_bytes == pytest.approx(clean.peak_bytes, rel=0.01)
