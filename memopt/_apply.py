@@ -25,7 +25,10 @@ from memopt._contract import Store
 
 
 def apply(
-    graph: g.Graph, repeats: Mapping[int, frozenset[int]], stores: Mapping[int, Store] | None = None
+    graph: g.Graph,
+    repeats: Mapping[int, frozenset[int]],
+    stores: Mapping[int, Store] | None = None,
+    chains: Mapping[tuple[int, int], int] | None = None,
 ) -> tuple[Any, dict[Any, int]]:
     """Return the rewritten closed jaxpr and the time segment of each variable that is new in it.
 
@@ -33,6 +36,7 @@ def apply(
       graph: the survey of the step.
       repeats: segment number -> ids of the operations run again in that segment, for what is read there.
       stores: value -> the form that it is kept in; all others are kept as they are.
+      chains: `_segments.chains` of the repeats, where the caller has them.
 
     Returns:
       `(closed jaxpr, {variable: segment})`; variables of loop bodies are among them. The segments of the step's own
@@ -41,7 +45,8 @@ def apply(
     Raises:
       ValueError: a form has effects, or does not give back the shape and dtype of its value.
     """
-    builder = _Builder(graph, repeats, stores or {})
+    chains = _segments.chains(graph, repeats) if chains is None else chains
+    builder = _Builder(graph, repeats, stores or {}, chains)
     body = builder.region(graph.top, None)
     builder.finish(body)
     base = c.open_jaxpr(graph.closed)
@@ -74,10 +79,16 @@ class _Body:
 
 
 class _Builder:
-    def __init__(self, graph: g.Graph, repeats: Mapping[int, frozenset[int]], stores: Mapping[int, Store]):
+    def __init__(
+        self,
+        graph: g.Graph,
+        repeats: Mapping[int, frozenset[int]],
+        stores: Mapping[int, Store],
+        chains: Mapping[tuple[int, int], int],
+    ):
         self.graph = graph
         self.repeats = repeats
-        self.chains = _segments.chains(graph, repeats)
+        self.chains = chains
         self.forms = _forms.Forms(graph, stores, frozenset().union(*repeats.values()))
         self.leaves: dict[int, list[Any]] = {}  # stored value -> the leaves where it is made
         self.extra: dict[int, dict[Any, Any]] = {}  # operation -> {body variable: what hands it out, a new variable}

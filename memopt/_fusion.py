@@ -94,6 +94,8 @@ _QUOTIENTS = frozenset({"exp", "exp2", "logistic"})
 FREE, INFINITE = -1, 1 << 60
 #: How many operations a kernel that nothing waits for is put off by at most.
 _PATIENCE = 64
+#: Of so many values, the latest, a residual stream is known to be computed from; more of them decide no better.
+_SOURCES = 512
 
 
 class Fusion:
@@ -176,7 +178,8 @@ class Fusion:
             elif len(found) == 1 and sizes[found[0]] <= size:
                 base[out] = found[0]
             else:
-                self.mix[out] = tuple(sorted({source for v in found for source in self.mix.get(v, (v,))}))
+                mixed = {source for v in found for source in self.mix.get(v, (v,))}
+                self.mix[out] = tuple(sorted(mixed)[-_SOURCES:])
 
     def _ends_softmax(self, op: tg.Op) -> bool:
         """Whether this is `x - max(x)` behind a matmul, which the TPU backend computes in the matmul's kernel."""
@@ -223,8 +226,10 @@ class Fusion:
                     self.direct.add(value)
                 if op.name in ELEMENTWISE and (value not in stored or value in self.copies):
                     when = max(when, last[value])
+                    until = late[value]
                     for source in self.mix.get(value, ()):
-                        late[source] = max(late[source], late[value])
+                        if late[source] < until:
+                            late[source] = until
             when = max(when, self.runs.get(index, -1))
             for value in op.ins:
                 if value >= 0:
@@ -293,7 +298,8 @@ class Fusion:
         if len(mix) > 1 and all(self.graph.ops[r].name in MATMULS for r in self.roots[value]):
             larger = any(self.graph.bytes[b] > self.graph.bytes[value] for b in mix)
             return not larger and self.graph.ops[self.graph.maker[value]].name != "div"
-        return all(self.late[b] >= self.last[value] for b in mix)
+        late, last = self.late, self.last[value]
+        return all(late[b] >= last for b in reversed(mix))  # the latest is the likeliest to be gone
 
     def _is_dear(self, value: int) -> bool:
         """Whether `value` holds a function that this backend does not compute again in each matmul that reads it."""

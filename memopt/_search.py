@@ -9,7 +9,7 @@ budget is the planner's business.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -225,21 +225,24 @@ class Search:
         """Build and simulate a plan, once."""
         key = choice.key
         if key not in self.seen:
-            closed, bins = _apply.apply(self.survey.graph, choice.repeats, choice.stores)
+            chains = _segments.chains(self.survey.graph, choice.repeats)
+            closed, bins = _apply.apply(self.survey.graph, choice.repeats, choice.stores, chains)
             local = self.step.local
             timeline = _timeline.simulate(
                 closed, donated=self.donated, target=self.survey.target, cache=self.cache, local=local
             )
             flops = _cost.matmul_flops(closed) - self.step.baseline_flops
-            seconds = self._seconds(choice) - self.undone_seconds
+            seconds = self._seconds(choice, chains) - self.undone_seconds
             own = _settled.tables(self.survey.graph)[1]
             usage = usage_of(c.open_jaxpr(closed), timeline, own, bins, self.survey.bins)
+            timeline.release()
             self.seen[key] = Rung(closed, timeline.peak_bytes, seconds, flops, choice, self.step, price, usage)
         return self.seen[key]
 
-    def _seconds(self, choice: Choice) -> float:
+    def _seconds(self, choice: Choice, chains: Mapping[tuple[int, int], int] | None = None) -> float:
         regions, graph = self.survey.region_of_bin, self.survey.graph
-        runs = sorted({(op, first) for (op, _), first in _segments.chains(graph, choice.repeats).items()})
+        chains = _segments.chains(graph, choice.repeats) if chains is None else chains
+        runs = sorted({(op, first) for (op, _), first in chains.items()})
         repeated = sum(self.repeatable[op] * regions[first].trips for op, first in runs)
         encoded = sum(s.seconds * graph.regions[graph.values[v].region].trips for v, s in choice.stores.items())
         return repeated + encoded

@@ -82,13 +82,15 @@ def chains(graph: g.Graph, repeats: Mapping[int, Set[int]]) -> dict[tuple[int, i
     alone = repeats.get(ALONE, ())
     for region in graph.regions:
         reach = near(region)
-        latest: dict[int, int] = {}
+        latest: dict[int, tuple[int, int]] = {}  # operation -> its latest segment, the first one of that repeat
         for place in sorted(p for p in repeats if p in region.bins):
             for op in repeats[place]:
-                before = latest.get(op)
-                shared = before is not None and place - before <= reach and op not in alone
-                first[op, place] = first[op, before] if shared else place
-                latest[op] = place
+                start = place
+                if op in latest and op not in alone:
+                    before, since = latest[op]
+                    start = since if place - before <= reach else place
+                first[op, place] = start
+                latest[op] = place, start
     return first
 
 

@@ -71,6 +71,10 @@ class Timeline:
         index = self.peak_index if index is None else index
         return sorted(_alive(self, index), key=lambda item: -item.bytes)
 
+    def release(self) -> None:
+        """Let go of the buffers, after which `alive` finds none; they refer to each other and would outlive this."""
+        self._run.buffers.clear()
+
     def within(self, index: int) -> Iterator[tuple[Any, int, list[Timeline]]]:
         """Yield the equations inside the call that equation `index` makes, such as a `shard_map`.
 

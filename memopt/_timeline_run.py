@@ -20,6 +20,7 @@ from memopt._fusion import ELEMENTWISE, FREE, MATMULS, UPDATES, Fusion, Rules
 from memopt._timeline_heap import Buffer, live_bytes
 
 LOOPS = frozenset({"scan", "while"})
+_NARROWING = MATMULS | {"convert_element_type", "scan"}
 _FLOAT32 = np.dtype(np.float32)
 _HALF = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
 
@@ -56,7 +57,8 @@ class Run:
         graph = self.graph
         outputs = set(graph.outputs)
         for value in graph.wide:
-            if value not in outputs and self.narrowed(value):
+            readers = graph.uses[value]
+            if readers and graph.ops[readers[0]].name in _NARROWING and value not in outputs and self.narrowed(value):
                 graph.bytes[value] = tg.buffer_bytes(graph.avals[value].update(dtype=jnp.bfloat16), "tpu")
 
     def _widen(self) -> None:
