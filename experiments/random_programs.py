@@ -35,6 +35,7 @@ def run(task: tuple[int, str]) -> dict[str, object]:
     """Return what one seed came to: ``ok``, ``no plan``, ``wrong`` or ``crash``, with its seconds and lines."""
     import memopt
     from tests import random_programs
+
     seed, budget = task
     began = time.perf_counter()
     try:
@@ -50,8 +51,11 @@ def run(task: tuple[int, str]) -> dict[str, object]:
 def tally(rows: list[dict[str, object]]) -> dict[str, float]:
     """Return how many rows are of each kind, and the seconds of all."""
     kinds = ("ok", "no plan", "wrong", "crash")
-    return {"programs": len(rows), **{k: sum(r["kind"] == k for r in rows) for k in kinds},
-            "seconds": round(sum(r["seconds"] for r in rows), 1)}
+    return {
+        "programs": len(rows),
+        **{k: sum(r["kind"] == k for r in rows) for k in kinds},
+        "seconds": round(sum(r["seconds"] for r in rows), 1),
+    }
 
 
 def main(argv: list[str]) -> None:

@@ -17,6 +17,7 @@ from memopt._measure import measure as measure
 from memopt._optimize import optimize as optimize
 from memopt._plan import Decision as Decision
 from memopt._plan import Plan as Plan
+from memopt._plans import Plans as Plans
 from memopt._scopes import keep as keep
 from memopt._scopes import recompute as recompute
 from memopt._target import mesh as mesh
@@ -30,6 +31,7 @@ __all__ = [
     "Largest",
     "Memory",
     "Plan",
+    "Plans",
     "TargetError",
     "explain",
     "keep",

@@ -155,8 +155,7 @@ class _Builder:
         invars = consts + list(old[num_consts:first_xs]) + xs
         jaxpr = _closed_like(op.bodies[0].jaxpr, inner, outs, invars)
         params = c.scan_params(op.eqn, jaxpr, len(consts), num_carry)
-        return c.replace_eqn(eqn, outvars=[*eqn.outvars, *extra.values()], params=params,
-                             effects=eqn.effects)
+        return c.replace_eqn(eqn, outvars=[*eqn.outvars, *extra.values()], params=params, effects=eqn.effects)
 
     def _read(self, body: _Body, value: int, segment: int, reader: g.Op | None) -> Any:
         """Return the variable that holds a value for a reader in this segment, repeated or read back where planned."""

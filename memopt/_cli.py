@@ -87,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     explain = _command(commands, "explain", _explain, "what is alive at the peak, by module and source line")
     explain.add_argument("--png", metavar="FILE", help="write the timeline as a picture")
     plan = _command(commands, "plan", _plan, "what would be stored, repeated or moved; nothing is compiled")
-    plan.add_argument("--save", metavar="FILE", help="write the plan as JSON")
+    plan.add_argument("others", nargs="*", metavar="module:function", help="further signatures, saved in one file")
+    plan.add_argument("--save", metavar="FILE", help="write the plan as JSON, those of several signatures together")
     measure = _command(commands, "measure", _measure, "the compiler's figures; with a budget, of the optimized step")
     measure.add_argument("--save", metavar="FILE", help="write the figures as JSON")
     check = _command(commands, "check", _check, "compare with stored figures or a stored plan; exit 1 when memory grew")
@@ -118,11 +119,12 @@ def _tolerance(text: str) -> float:
     return value
 
 
-def load(arguments: argparse.Namespace) -> Subject:
+def load(arguments: argparse.Namespace, factory: str | None = None) -> Subject:
     """Call the factory that a command line names.
 
     Args:
         arguments: with `factory`, `target` and `budget`.
+        factory: the name, where it is another one than `arguments.factory`.
 
     Returns:
         The step with its arguments, and its options with `--target` and `--budget` put over them.
@@ -130,13 +132,12 @@ def load(arguments: argparse.Namespace) -> Subject:
     Raises:
         UsageError: the name is unreadable, leads nowhere, or the factory returns something else than it should.
     """
-    subject = _subject(arguments.factory, _factory(arguments.factory)())
+    factory = factory or arguments.factory
+    subject = _subject(factory, _factory(factory)())
     given = {name: getattr(arguments, name) for name in ("target", "budget") if getattr(arguments, name) is not None}
     if subject.optimized and (given or subject.options):
         names = ", ".join(sorted({f"--{name}" for name in given} | set(subject.options)))
-        raise UsageError(
-            f"{arguments.factory} returns an optimized step, which {names} cannot change: return a plain one."
-        )
+        raise UsageError(f"{factory} returns an optimized step, which {names} cannot change: return a plain one.")
     return Subject(subject.step, subject.args, subject.options | given)
 
 
@@ -197,10 +198,14 @@ def _explain(arguments: argparse.Namespace) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    subject = load(arguments)
-    plan = _optimized(subject).plan(*subject.args)
-    print(plan)
-    _save(arguments.save, plan.to_json)
+    import memopt
+
+    plans = []
+    for factory in [arguments.factory, *arguments.others]:
+        subject = load(arguments, factory)
+        plans.append(_optimized(subject).plan(*subject.args))
+        print(f"{factory}\n{plans[-1]}" if arguments.others else plans[-1])
+    _save(arguments.save, plans[0].to_json if len(plans) == 1 else lambda: memopt.Plans(tuple(plans)).to_json())
     return 0
 
 
@@ -242,14 +247,15 @@ def _check_plan(arguments: argparse.Namespace, text: str) -> int:
     import memopt
     from memopt._check import compare_plans
 
-    stored = memopt.Plan.from_json(text)
-    subject = load(arguments)
-    if not subject.optimized and stored.budget_bytes is not None:
-        subject = Subject(subject.step, subject.args, {"budget": stored.budget_bytes} | subject.options)
+    subject, stored = load(arguments), memopt.Plans.from_json(text)
+    plain = _optimized(subject)
+    before = stored.plans[0] if len(stored.plans) == 1 else stored.for_arguments(*plain.asked_for(*subject.args))
+    if not subject.optimized and before.budget_bytes is not None:
+        subject = Subject(subject.step, subject.args, {"budget": before.budget_bytes} | subject.options)
     plan = _optimized(subject).plan(*subject.args)
-    verdict = compare_plans(stored, plan, arguments.tolerance)
+    verdict = compare_plans(before, plan, arguments.tolerance)
     print(verdict)
-    _save(arguments.save, plan.to_json)
+    _save(arguments.save, plan.to_json if len(stored.plans) == 1 else lambda: stored.with_plan(plan).to_json())
     return int(verdict.grew)
 
 

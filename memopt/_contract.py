@@ -2,16 +2,20 @@
 
 A pass sees a `Survey` and proposes what may be done, with its price; the planner chooses by one cut; the builders apply
 what was chosen. A pass is a frozen dataclass whose fields are its settings, in a file of its own, and knows neither the
-planner nor another pass. Everything a pass can say today is below; other kinds of proposals join here.
+planner nor another pass. What changes the step itself, such as a fused kernel in place of plain operations, is a
+`Rewritten` step, made before the survey. Everything a pass can say today is below; other kinds of proposals join here.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from memopt._survey import Survey
+from memopt._plan import Decision
+
+if TYPE_CHECKING:
+    from memopt._survey import Survey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,4 +78,67 @@ class Pass(Protocol):
 
     def propose(self, survey: Survey) -> Iterable[Repeat | Store | Left]:
         """Yield what may be done to this step."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a pass that rewrites the step may know beside its jaxpr.
+
+    Attributes:
+      target: the target (`memopt._target.Target`).
+      paths: per input of the jaxpr, its `jax.tree_util.keystr` path among the arguments, such as
+        `"[0].params['kernel']"`; empty where it has none.
+      out_paths: per output, its path in the step's result.
+      donated: per input, whether it is donated.
+      shardings: those of the arguments and results (`memopt._local.Shardings`), None where nothing is sharded.
+    """
+
+    target: Any
+    paths: tuple[str, ...] = ()
+    out_paths: tuple[str, ...] = ()
+    donated: tuple[bool, ...] = ()
+    shardings: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rewritten:
+    """A step that takes and returns what the one that came in does, by other means.
+
+    Attributes:
+      closed: the closed jaxpr; inputs and outputs have the shapes and dtypes of the one that came in.
+      rows: what was done, as rows of the plan.
+      left: what was left as it was, and why.
+      error: largest relative error of a result, as the pass states it; 0.0 where only sums are reassociated.
+    """
+
+    closed: Any
+    rows: tuple[Decision, ...] = ()
+    left: tuple[Left, ...] = ()
+    error: float = 0.0
+
+
+@runtime_checkable
+class Rewriter(Protocol):
+    """What the planner asks of a pass that rewrites the step before it is surveyed.
+
+    Attributes:
+      stage: rewrites run from the lowest stage to the highest, in whatever order the user lists the passes.
+      optional: whether plans of the step without this rewrite stand on the ladder beside those with it; a rewrite that
+        is not optional is applied whatever the budget.
+    """
+
+    stage: ClassVar[int]
+    optional: ClassVar[bool]
+
+    @property
+    def name(self) -> str:
+        """The pass's name in plans."""
+        ...
+
+    def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
+        """Return the step rewritten; None where there is nothing to do and nothing to say.
+
+        The jaxpr comes in flat: plain calls are inlined and dead code is gone, also inside bodies.
+        """
         ...

@@ -137,12 +137,15 @@ class _Body:
         index = self._index(number, eqns)
         own = {v: c.Var(x.aval) for v, x in zip(loop.xs, xs, strict=True) if v in self.own}
         whole = {v: c.Var(v.aval) for v in self.whole}
-        env = {x: own[v] if v in own else _element(whole[v], index, x.aval, loop.eqn, eqns)
-               for v, x in zip(loop.xs, xs, strict=True)}
+        env = {
+            x: own[v] if v in own else _element(whole[v], index, x.aval, loop.eqn, eqns)
+            for v, x in zip(loop.xs, xs, strict=True)
+        }
         eqns += [c.replace_eqn(e, invars=[_read(env, v) for v in e.invars]) for e in old.eqns]
         buffers = [c.Var(loop.ys[i].aval) for i in self.buffers]
-        written = [_put(b, _read(env, ys[i]), index, loop.eqn, eqns)
-                   for b, i in zip(buffers, self.buffers, strict=True)]
+        written = [
+            _put(b, _read(env, ys[i]), index, loop.eqn, eqns) for b, i in zip(buffers, self.buffers, strict=True)
+        ]
         outs = [_read(env, v) for v in old.outvars[: loop.num_carry]]
         outs += written + [_read(env, v) for v in self.stacked]
         invars = [*consts, *(whole[v] for v in self.whole), *carry, *buffers, number, *(own[v] for v in self.own)]
@@ -167,8 +170,13 @@ def _starts(index: Any, rank: int) -> list[Any]:
 def _element(stack: Any, index: Any, aval: Any, like: Any, eqns: list[Any]) -> Any:
     """Emit the reading of one element of a stack."""
     shape = tuple(aval.shape)
-    one, part = _pairs.op(jax.lax.dynamic_slice_p, [stack, *_starts(index, len(shape))], c.stacked_aval(aval, 1), like,
-                          slice_sizes=(1, *shape))
+    one, part = _pairs.op(
+        jax.lax.dynamic_slice_p,
+        [stack, *_starts(index, len(shape))],
+        c.stacked_aval(aval, 1),
+        like,
+        slice_sizes=(1, *shape),
+    )
     flat, out = _pairs.op(jax.lax.squeeze_p, [part], aval, like, dimensions=(0,))
     eqns += [one, flat]
     return out

@@ -58,8 +58,9 @@ class _Inliner:
         self._emit(base.eqns, env, eqns, constvars, consts, call=None)
         outvars = [_read(env, v) for v in base.outvars]
         changed = len(eqns) != len(base.eqns) or any(a is not b for a, b in zip(eqns, base.eqns, strict=True))
-        out = closed if not changed else c.close(
-            c.rebuild(base, constvars=constvars, outvars=outvars, eqns=eqns), consts)
+        out = (
+            closed if not changed else c.close(c.rebuild(base, constvars=constvars, outvars=outvars, eqns=eqns), consts)
+        )
         self.cache[id(closed)] = (closed, out)
         return out
 

@@ -27,7 +27,8 @@ _ADDED = frozenset(
 #: Operations whose own instruction is among these; their shardings follow from their neighbours'.
 SHAPING = frozenset(
     "broadcast_in_dim reshape squeeze expand_dims transpose slice pad dynamic_slice dynamic_update_slice iota copy "
-    "split "    "concatenate scan while cond optimization_barrier sharding_constraint".split()
+    "split "
+    "concatenate scan while cond optimization_barrier sharding_constraint".split()
 )
 
 

@@ -108,8 +108,10 @@ class Twins:
             else:
                 invars.append(gathered[key])
         outvars = [self._var(v) for v in eqn.outvars]
-        results = [o if self._fits(v, run) else c.Var(self.local.cut(v.aval, run[v]))
-                   for v, o in zip(eqn.outvars, outvars, strict=True)]
+        results = [
+            o if self._fits(v, run) else c.Var(self.local.cut(v.aval, run[v]))
+            for v, o in zip(eqn.outvars, outvars, strict=True)
+        ]
         after = [self._move(eqn, r, o) for r, o in zip(results, outvars, strict=True) if r is not o]
         main = c.replace_eqn(eqn, invars=invars, outvars=results)
         if not moves and not after:
@@ -137,8 +139,11 @@ class Twins:
         for axis, scores in weight.items():
             best = max(scores, key=lambda i: (scores[i], -i))
             axes[best] = (*axes.get(best, ()), axis)
-        specs = {v: [()] * len(getattr(v.aval, "shape", ())) for v in (*eqn.invars, *eqn.outvars)
-                 if not isinstance(v, c.Literal)}
+        specs = {
+            v: [()] * len(getattr(v.aval, "shape", ()))
+            for v in (*eqn.invars, *eqn.outvars)
+            if not isinstance(v, c.Literal)
+        }
         for i, cut in axes.items():
             ways = math.prod(self.local.sizes[a] for a in cut)
             for var, dim in factors[i].places:
@@ -160,14 +165,21 @@ class Twins:
 
     def _call(self, eqn: Any, eqns: list, outvars: list, made: list) -> Any:
         """Return one call of these equations; gathered operands that others may read come out too."""
-        inputs = list(dict.fromkeys(
-            v for e in eqns for v in e.invars
-            if not isinstance(v, c.Literal) and not any(v is o for e2 in eqns for o in e2.outvars)
-        ))
+        inputs = list(
+            dict.fromkeys(
+                v
+                for e in eqns
+                for v in e.invars
+                if not isinstance(v, c.Literal) and not any(v is o for e2 in eqns for o in e2.outvars)
+            )
+        )
         inside = {v: c.Var(v.aval) for v in (*inputs, *outvars, *made) if not isinstance(v, c.DropVar)}
         eqns = [
-            c.replace_eqn(e, invars=[v if isinstance(v, c.Literal) else inside.get(v, v) for v in e.invars],
-                          outvars=[inside.get(v, v) for v in e.outvars])
+            c.replace_eqn(
+                e,
+                invars=[v if isinstance(v, c.Literal) else inside.get(v, v) for v in e.invars],
+                outvars=[inside.get(v, v) for v in e.outvars],
+            )
             for e in eqns
         ]
         real = [v for v in (*outvars, *made) if not isinstance(v, c.DropVar)]

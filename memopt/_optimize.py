@@ -16,6 +16,7 @@ from memopt import _compat_frontend as compat
 from memopt import _nnx
 from memopt._budget import parse_budget, parse_reserve
 from memopt._dispatch import Core, NeedsNnx
+from memopt._fingerprint import arguments
 from memopt._measure import Memory
 from memopt._program import Settings, read_passes
 from memopt._signature import JitOptions
@@ -67,7 +68,7 @@ def optimize(
         passes: None for `memopt.passes.default()`; a list means exactly what it holds, `[]` is plain `jax.jit`.
         verify: compare the compiled peak with the budget before the first call, and plan again where it is over.
         reserve: bytes of the device's limit to leave free, where `budget` is None.
-        plan: a saved `memopt.Plan` to apply without planning.
+        plan: a saved `memopt.Plan`, or `memopt.Plans` of several signatures, to apply without planning.
         overrides: decisions settled by hand, `{name: "keep"}`.
         donate_argnums, donate_argnames, static_argnums, static_argnames, in_shardings, out_shardings,
             compiler_options: as in `jax.jit`. Nothing is donated unless asked.
@@ -206,6 +207,10 @@ class Optimized:
         index = 0 if program.index is None else program.index
         return program.ladder.plan(index, budget_bytes=program.budget_bytes)
 
+    def asked_for(self, *args: Any, **kwargs: Any) -> tuple[str, str]:
+        """Return what tells saved plans of several signatures apart: the types of the arguments, and the target."""
+        return arguments(self._ask(Core.unplanned, args, kwargs).closed_jaxpr), str(self.target)
+
     def frontier(self, *args: Any, **kwargs: Any) -> list[FrontierPoint]:
         """Return memory against time: all plans of this step, the plain one first; nothing is compiled."""
         program = self._ask(Core.unplanned, args, kwargs)
@@ -284,7 +289,7 @@ class BoundOptimized:
         return f"{self._step!r} bound to {self._instance!r}"
 
 
-_WITH_ARGUMENTS = frozenset("plan frontier trace lower measure explain shardings".split())
+_WITH_ARGUMENTS = frozenset("plan asked_for frontier trace lower measure explain shardings".split())
 
 
 def _is_argument(instance: Any) -> bool:

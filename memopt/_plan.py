@@ -12,9 +12,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from memopt import _saved
 from memopt._errors import format_bytes
-
-FORMAT = 1
+from memopt._fingerprint import difference
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,7 @@ class Plan:
       repeats: the plan itself: time segment -> numbers of the operations that are run again there.
       stores: and value -> the form that it is kept in.
       variant: how loops were divided before planning.
+      rewrites: names of the passes that rewrote the step before planning.
 
     Example:
       >>> import jax, jax.numpy as jnp, memopt
@@ -91,33 +92,38 @@ class Plan:
     repeats: Mapping[int, tuple[int, ...]]
     stores: Mapping[int, str] = dataclasses.field(default_factory=dict)
     variant: tuple[int, ...] = ()
+    rewrites: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Return the plan as a JSON string, for `Plan.from_json`."""
+        return json.dumps(self.to_data(), indent=1)
+
+    def to_data(self) -> dict[str, Any]:
+        """Return what `to_json` writes, as JSON's own types."""
         data = dataclasses.asdict(self)
         data["repeats"] = {str(k): list(v) for k, v in self.repeats.items()}
         data["stores"] = {str(k): v for k, v in self.stores.items()}
-        return json.dumps({"memopt_plan": FORMAT, **data}, indent=1)
+        return {"memopt_plan": _saved.FORMAT, **data}
 
     @staticmethod
     def from_json(text: str) -> Plan:
         """Read a plan that `to_json` wrote.
 
         Raises:
-          ValueError: the text is not a plan, or one of another format.
+          ValueError: the text is not a plan, one of another format, or a damaged one; the field is named.
         """
-        try:
-            data = json.loads(text)
-            found = data.pop("memopt_plan")
-            if found != FORMAT:
-                raise ValueError(f"This saved plan has format {found}, and this memopt reads {FORMAT}: plan again.")
-            data["decisions"] = tuple(Decision(**d) for d in data["decisions"])
-            data["repeats"] = {int(k): tuple(v) for k, v in data["repeats"].items()}
-            data["stores"] = {int(k): v for k, v in data["stores"].items()}
-            data["notes"], data["variant"] = tuple(data["notes"]), _tupled(data["variant"])
-            return Plan(**data)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"This is no saved memopt plan ({error}): save one with Plan.to_json().") from error
+        return Plan.from_data(parse(text))
+
+    @staticmethod
+    def from_data(data: Any) -> Plan:
+        """Read a plan from what `to_data` returned and JSON gave back.
+
+        Raises:
+          ValueError: as `from_json`.
+        """
+        fields = _saved.plan_fields(data, frozenset(f.name for f in dataclasses.fields(Plan)))
+        fields["decisions"] = tuple(Decision(**d) for d in fields["decisions"])
+        return Plan(**fields)
 
     def check_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
         """Make sure that the plan was made for this step.
@@ -125,12 +131,9 @@ class Plan:
         Raises:
           ValueError: it was not; the message names the first field that differs.
         """
-        for field, value in fingerprint.items():
-            if self.fingerprint.get(field) != value:
-                was = self.fingerprint.get(field)
-                raise ValueError(
-                    f"The saved plan is for another step: its {field} is {was}, and this one's is {value}. Plan again."
-                )
+        told = difference(self.fingerprint, fingerprint)
+        if told:
+            raise ValueError(f"The saved plan is for another step: {told}. Plan again, and save that plan.")
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -164,29 +167,17 @@ class Plan:
         return out.getvalue()
 
 
-def _tupled(value: Any) -> Any:
-    return tuple(map(_tupled, value)) if isinstance(value, (list, tuple)) else value
+def parse(text: str) -> Any:
+    """Parse JSON.
+
+    Raises:
+      ValueError: the text is no JSON.
+    """
+    try:
+        return json.loads(text)
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"This is no saved memopt plan ({error}): save one with Plan.to_json().") from error
 
 
 def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "0 %"
-
-
-def fingerprint(closed: Any, target: Any, passes: Any, local: Any = None) -> dict[str, str]:
-    """Return what identifies a step for a saved plan: its jaxpr's structure, JAX's version, the target, the passes.
-
-    Of a sharded step (`local`) also the mesh and how the arguments are split.
-    """
-    import jax
-
-    from memopt._fingerprint import jaxpr_digest
-
-    found = {
-        "jax version": jax.__version__,
-        "target": str(target),
-        "passes": ", ".join(sorted(map(repr, passes))),
-        "jaxpr": jaxpr_digest(closed),
-    }
-    if local is not None:
-        found["shardings"] = local.describe(closed)
-    return found

@@ -5,22 +5,27 @@ In: the closed jaxpr of a step, which arguments are donated, the target and the 
 its decisions, none both larger and slower than another. A budget then takes the cheapest rung that fits, with measured
 peaks in place of predictions where they are known; so predictions are monotonic in the budget by construction.
 
-The rungs come from searches (`_search`) of the step as it stands and, where that may help, of the step with its loops
-divided into levels (`_split`), where their carries are the memory.
+The rungs come from searches (`_search`) of the step as it stands, of the step with and without each set of optional
+rewrites (`_rewrite`), and of the step with its loops divided into levels (`_split`) where their carries are the memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _pairs, _search, _split
+from memopt import _pairs, _rewrite, _saved, _search, _split
+from memopt._contract import Context
+from memopt._fingerprint import fingerprint
 from memopt._local import Shardings
 from memopt._plan import Plan
+from memopt._plans import Plans
 from memopt._search import Rung, Search
 from memopt._step import Step
 
@@ -35,17 +40,19 @@ class Ladder:
       rungs: the plans.
       step: what was planned, None where nothing was.
       planning_seconds: how long it took.
+      first: the first rung that may be chosen: 1 where a plan was given or a pass rewrites the step in any case.
     """
 
-    def __init__(self, rungs: Sequence[Rung], step: Step, planning_seconds: float):
+    def __init__(self, rungs: Sequence[Rung], step: Step, planning_seconds: float, first: int = 0):
         self.rungs = list(rungs)
         self.step = step
         self.planning_seconds = planning_seconds
+        self.first = first
 
     def choose(self, budget_bytes: int | None, measured: Mapping[int, int] | None = None) -> int | None:
         """Return the cheapest rung whose peak, measured where known, is within the budget; None where none is."""
         measured = measured or {}
-        for i, rung in enumerate(self.rungs):
+        for i, rung in list(enumerate(self.rungs))[self.first :]:
             if budget_bytes is None or measured.get(i, rung.predicted_peak_bytes) <= budget_bytes:
                 return i
         return None
@@ -54,7 +61,8 @@ class Ladder:
         """Return the readable plan of a rung."""
         rung = self.rungs[index or 0]
         step = rung.step
-        rows = step.decisions(rung.choice)
+        as_written = rung.closed is step.closed
+        rows = [*(() if as_written else step.outcome.rows), *step.decisions(rung.choice)]
         return Plan(
             baseline_peak_bytes=self.rungs[0].predicted_peak_bytes,
             predicted_peak_bytes=rung.predicted_peak_bytes,
@@ -67,10 +75,11 @@ class Ladder:
             decisions=tuple(rows),
             notes=(*step.notes, *dict.fromkeys(f"{x.what} was left as it was: {x.why}." for x in step.left)),
             target=str(step.target),
-            fingerprint=self.step.fingerprint,
+            fingerprint=step.fingerprint,
             repeats={place: tuple(sorted(ops)) for place, ops in sorted(rung.choice.repeats.items())},
             variant=step.variant_key,
             stores={value: store.name for value, store in sorted(rung.choice.stores.items())},
+            rewrites=() if as_written else step.outcome.applied,
         )
 
     def _gap(self, rung: Rung, budget_bytes: int | None) -> float:
@@ -90,6 +99,7 @@ def make_ladder(
     overrides: Mapping[str, str] | None = None,
     scopes: Any = None,
     shardings: Shardings | None = None,
+    context: Context | None = None,
 ) -> Ladder:
     """Plan a step.
 
@@ -101,6 +111,7 @@ def make_ladder(
       overrides: decision name -> `"keep"` or `"recompute"`.
       scopes: unused; marks are read from name stacks.
       shardings: those of the arguments and results, where any is sharded; all figures are then per device.
+      context: what passes that rewrite the step may know of it.
 
     Returns:
       The ladder.
@@ -109,22 +120,39 @@ def make_ladder(
       ValueError: an override names nothing or asks for something unknown.
     """
     with _uncollected():
-        return _make_ladder(closed, donated, target, passes, overrides, shardings)
+        start = time.perf_counter()
+        build = functools.partial(Step, closed, target, passes, overrides, shardings, context=context)
+        step = build()
+        start += step.compile_seconds
+        plain = _search.plain_rung(step, donated)
+        if step.survey is None:
+            return Ladder([plain], step, time.perf_counter() - start)
+        steps = [step, *_without_options(step, build)]
+        rungs = [rung for one in steps for rung in _search_all(one, build, donated, plain)]
+        if _rewrite.is_required(passes):
+            base = max(rungs, key=lambda r: r.predicted_peak_bytes)
+            found = _search.hull(dataclasses.replace(base, predicted_peak_bytes=base.predicted_peak_bytes + 1), rungs)
+            return Ladder([plain, *found], step, time.perf_counter() - start, first=1)
+        return Ladder([plain, *_search.hull(plain, rungs)], step, time.perf_counter() - start)
 
 
-def _make_ladder(closed, donated, target, passes, overrides, shardings) -> Ladder:
-    start = time.perf_counter()
-    step = Step(closed, target, passes, overrides, shardings)
-    start += step.compile_seconds
-    plain = _search.plain_rung(step, donated)
-    if step.survey is None:
-        return Ladder([plain], step, time.perf_counter() - start)
+def _without_options(step: Step, build: Callable[..., Step]) -> list[Step]:
+    """Return the step without the optional rewrites, where there were any."""
+    optional = {p.name for p in step.rewriters if p.optional}
+    if not optional.intersection(step.outcome.applied):
+        return []
+    other = build(rewrites=[p.name for p in step.rewriters if not p.optional])
+    return [] if other.survey is None else [other]
+
+
+def _search_all(step: Step, build: Callable[..., Step], donated: Sequence[bool], plain: Rung) -> list[Rung]:
+    """Search a step as it stands, then with its loops divided."""
     rungs = Search(step, donated, plain).run()
     for variant in _variants(step, plain, rungs):
-        other = Step(closed, target, passes, overrides, shardings, variant)
+        other = build(variant=variant, rewrites=[p.name for p in step.rewriters])
         if other.survey is not None:
             rungs += Search(other, donated, plain).run(refined=False)
-    return Ladder([plain, *_search.hull(plain, rungs)], step, time.perf_counter() - start)
+    return rungs
 
 
 @contextlib.contextmanager
@@ -155,22 +183,28 @@ def _variants(step: Step, plain: Rung, rungs: Sequence[Rung]) -> list[_split.Var
 
 def ladder_of_plan(
     closed: Any,
-    plan: Plan,
+    plan: Plan | Plans,
     *,
     donated: Sequence[bool],
     target: Any,
     passes: Sequence[Any],
     scopes: Any = None,
     shardings: Shardings | None = None,
+    context: Context | None = None,
 ) -> Ladder:
-    """Return the ladder of one saved plan, applied without planning.
+    """Return the ladder of one saved plan, applied without planning: of several the one that was made for this step.
 
     Raises:
-      ValueError: the plan was made for another step, target, JAX version or set of passes.
+      ValueError: the plan was made for another step, target, JAX version or set of passes, or it is damaged.
     """
     start = time.perf_counter()
-    variant = _split.Variant(plan.variant[0], tuple(plan.variant[1]), *plan.variant[2:]) if plan.variant else None
-    step = Step(closed, target, passes, None, shardings, variant)
+    written = Step(closed, target, (), None, shardings)
+    start += written.compile_seconds
+    plan = Plans.of(plan).choose(fingerprint(closed, target, passes, written.local))
+    build = functools.partial(Step, closed, target, passes, None, shardings, context=context, rewrites=plan.rewrites)
+    step = build()
+    if plan.variant:
+        step = build(variant=_variant_of(plan, step))
     start += step.compile_seconds
     plan.check_fingerprint(step.fingerprint)
     plain = _search.plain_rung(step, donated)
@@ -178,4 +212,12 @@ def ladder_of_plan(
         return Ladder([plain], step, time.perf_counter() - start)
     search = Search(step, donated, plain)
     rung = search.score(step.choice_of(plan))
-    return Ladder([rung], step, time.perf_counter() - start)
+    return Ladder([plain, rung], step, time.perf_counter() - start, first=1)
+
+
+def _variant_of(plan: Plan, step: Step) -> _split.Variant:
+    """Return how a saved plan divides the loops of this step."""
+    variant = _split.Variant(plan.variant[0], tuple(plan.variant[1]), *plan.variant[2:])
+    if variant not in _split.candidates(step.flat):
+        raise _saved.damaged("variant", f"is {plan.variant}, and no loop of this step can be divided so")
+    return variant

@@ -14,11 +14,12 @@ import jax
 from jax.extend.core import jaxpr_as_fun
 
 from memopt import _compat_frontend as compat
-from memopt import _planner
+from memopt import _planner, _rewrite
 from memopt._budget import Budget
 from memopt._compat import open_jaxpr
+from memopt._contract import Context
 from memopt._local import Shardings, leaf_shardings
-from memopt._plan import Plan
+from memopt._plans import Plans
 from memopt._scopes import MARKERS
 from memopt._signature import JitOptions, Signature, Statics
 from memopt._target import Target
@@ -37,10 +38,19 @@ class Settings:
     overrides: Mapping[str, str] | None = None
 
     def __post_init__(self):
-        if self.plan is not None and not isinstance(self.plan, Plan):
-            raise TypeError(f"plan takes a memopt.Plan, got {self.plan!r}. Read one: memopt.Plan.from_json(text).")
+        if self.plan is not None:
+            Plans.of(self.plan)
+            if self.overrides:
+                raise ValueError(
+                    "plan= is applied as it was saved, overrides= change how a plan is made: give one of them."
+                )
         if self.overrides is not None and not isinstance(self.overrides, Mapping):
             raise TypeError(f"overrides takes a mapping such as {{'tanh.0': 'keep'}}, got {self.overrides!r}.")
+
+    @property
+    def always_rewrites(self) -> bool:
+        """Whether a pass rewrites the step whatever the budget, also where there is none."""
+        return self.passes is not None and _rewrite.is_required(self.passes)
 
     @property
     def is_plain(self) -> bool:
@@ -48,9 +58,12 @@ class Settings:
         return self.passes == () and self.plan is None and self.budget == Budget()
 
 
-def make_ladder(closed_jaxpr: Any, donated: Sequence[bool], settings: Settings, shardings: Any = None) -> Any:
+def make_ladder(
+    closed_jaxpr: Any, donated: Sequence[bool], settings: Settings, shardings: Any = None, context: Any = None
+) -> Any:
     """Ask the planner for the ladder of a step, or for the one rung of a saved plan."""
     common = {"donated": donated, "target": settings.target, "scopes": MARKERS, "shardings": shardings}
+    common["context"] = context
     common["passes"] = default_passes() if settings.passes is None else settings.passes
     if settings.plan is not None:
         return _planner.ladder_of_plan(closed_jaxpr, settings.plan, **common)
@@ -66,7 +79,7 @@ def read_passes(passes: Any) -> tuple[Any, ...] | None:
     if passes is None:
         return None
     found = tuple(passes) if isinstance(passes, Iterable) else (None,)
-    if any(not callable(getattr(one, "propose", None)) for one in found):
+    if not all(any(callable(getattr(one, name, None)) for name in ("propose", "rewrite")) for one in found):
         raise TypeError(f"passes takes a list of passes such as [memopt.passes.Remat()], got {passes!r}.")
     return found
 
@@ -127,7 +140,23 @@ class Program:
     def ladder(self) -> Any:
         """The plans of this step, made once."""
         sharded = {"shardings": self.shardings} if self.shardings.is_sharded else {}
-        return make_ladder(self.closed_jaxpr, self.donated, self.settings, **sharded)
+        return make_ladder(self.closed_jaxpr, self.donated, self.settings, context=self.context, **sharded)
+
+    @property
+    def context(self) -> Context:
+        """What passes that rewrite the step may know of it."""
+        closed_over = ("",) * len(self.closed_over)
+        inputs = jax.tree_util.tree_leaves_with_path(self.traced.args_info, is_leaf=lambda x: hasattr(x, "donated"))
+        outputs = jax.tree_util.tree_leaves_with_path(
+            jax.tree_util.tree_unflatten(self.traced.out_tree, self.closed_jaxpr.out_avals)
+        )
+        return Context(
+            target=self.settings.target,
+            paths=(*closed_over, *(jax.tree_util.keystr(path[1:]) for path, _ in inputs)),
+            out_paths=tuple(jax.tree_util.keystr(path) for path, _ in outputs),
+            donated=self.donated,
+            shardings=self.shardings if self.shardings.is_sharded else None,
+        )
 
     @property
     def local(self) -> Any:

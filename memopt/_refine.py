@@ -266,8 +266,11 @@ class _Front:
         least = min(played.peak_bytes for played in self.front.values())
         found: dict[Plan, None] = {}
         for bound in (least, 1.1 * least):
-            near = [(p.seconds, len(plan), plan) for plan, p in self.model.known.items()
-                    if p.peak_bytes <= bound and plan not in self.tried]
+            near = [
+                (p.seconds, len(plan), plan)
+                for plan, p in self.model.known.items()
+                if p.peak_bytes <= bound and plan not in self.tried
+            ]
             near.sort(key=lambda item: item[:2])
             found.update((plan, None) for _, _, plan in near[:_DEEPER])
         return list(found)
@@ -285,8 +288,9 @@ class _Front:
         for old in self.front.values():
             if old.peak_bytes <= new.peak_bytes and old.seconds <= new.seconds * (1 + 1e-12):
                 return
-        self.front = {p: old for p, old in self.front.items()
-                      if old.peak_bytes < new.peak_bytes or old.seconds < new.seconds}
+        self.front = {
+            p: old for p, old in self.front.items() if old.peak_bytes < new.peak_bytes or old.seconds < new.seconds
+        }
         self.front[plan] = new
 
 
@@ -310,8 +314,11 @@ def _released(model: _Model, plan: Plan, played: _Played, run: int) -> Iterator[
         for new in (chained, each, {(op, first)}) if len(rest) > 1 else (each,):
             for whole in _with_inputs(model, plan, played, op, new, first):
                 yield plan | whole
-                alone = {(o, _segments.ALONE) for o, p in whole
-                         if (o, p - 1) in plan or (o, p + 1) in plan or (o, p + 1) in whole}
+                alone = {
+                    (o, _segments.ALONE)
+                    for o, p in whole
+                    if (o, p - 1) in plan or (o, p + 1) in plan or (o, p + 1) in whole
+                }
                 if alone:
                     yield plan | whole | alone
 

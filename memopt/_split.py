@@ -196,11 +196,12 @@ class _Inside:
         """Return the variables inside for a loop's constants, carries and slices; carries are new ones each time."""
         consts, carry, xs = loop.sorted(loop.body.invars)
         return (
-            [v if isinstance(v, c.Literal) else self._once(self.consts, v, v.aval)
-             for v in loop.consts],
+            [v if isinstance(v, c.Literal) else self._once(self.consts, v, v.aval) for v in loop.consts],
             [c.Var(v.aval) for v in carry],
-            [self.made.get(v) or self._once(self.xs, v, c.stacked_aval(inner.aval, self.block))
-             for v, inner in zip(loop.xs, xs, strict=True)],
+            [
+                self.made.get(v) or self._once(self.xs, v, c.stacked_aval(inner.aval, self.block))
+                for v, inner in zip(loop.xs, xs, strict=True)
+            ],
         )
 
     def from_starts(self, starts: list[Any], outer: list[Any]) -> None:

@@ -1,8 +1,8 @@
 """The drawing table: a step as the planner sees it, surveyed, with what the passes proposed for it.
 
-In: the closed jaxpr of a step, the target, the passes, overrides, the shardings of its arguments, and how its loops are
-divided first, if they are. Out: a `Step`, from which searches start and to which their plans belong. It chooses
-nothing.
+In: the closed jaxpr of a step, the target, the passes, overrides, the shardings of its arguments, which rewrites are
+made first and how its loops are divided. Out: a `Step`, from which searches start and to which their plans belong. It
+chooses nothing.
 """
 
 from __future__ import annotations
@@ -13,17 +13,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _cost, _forms, _inline, _narrow, _sink, _specs, _split
-from memopt._contract import Left, Repeat, Store
+from memopt import _cost, _forms, _inline, _narrow, _rewrite, _saved, _segments, _sink, _specs, _split
+from memopt._contract import Context, Left, Repeat, Store
 from memopt._decisions import Names, decisions, settle
+from memopt._fingerprint import fingerprint, graph_digest
 from memopt._local import local_shapes
 from memopt._network import Choice
-from memopt._plan import Decision, Plan, fingerprint
+from memopt._plan import Decision, Plan
 from memopt._survey import Survey
 
 
 class Step:
-    """A step as the planner sees it: surveyed, with what the passes proposed."""
+    """A step as the planner sees it: rewritten, surveyed, with what the passes proposed.
+
+    Args:
+      closed: the step as written.
+      target: the target.
+      passes: the passes.
+      overrides: decision name -> `"keep"` or `"recompute"`.
+      shardings: those of the arguments and results, None where nothing is sharded.
+      variant: how a loop is divided, None where none is.
+      context: what rewriting passes may know.
+      rewrites: names of the passes that rewrite this step first; None for all that can.
+    """
 
     def __init__(
         self,
@@ -33,8 +45,12 @@ class Step:
         overrides: Mapping[str, str] | None,
         shardings: Any,
         variant: _split.Variant | None = None,
+        context: Context | None = None,
+        rewrites: Sequence[str] | None = None,
     ):
         self.variant = variant
+        self.context = Context(target) if context is None else context
+        self.rewriters = [p for p in _rewrite.rewriters(passes) if rewrites is None or p.name in rewrites]
         self.closed, self.target, self.passes = closed, target, passes
         self.local = None if shardings is None else local_shapes(self.flat, shardings)
         self.notes = () if self.local is None else self.local.notes
@@ -50,11 +66,17 @@ class Step:
             self._survey(overrides)
 
     @functools.cached_property
-    def flat(self) -> Any:
-        """The step without plain calls and dead code, its loops divided; None where they cannot be."""
+    def outcome(self) -> _rewrite.Outcome:
+        """The step without plain calls and dead code, after its rewrites."""
         respect = any(getattr(p, "respect_checkpoint", False) for p in self.passes)
         flat = _inline.inline(self.closed, respect_checkpoint=respect)
-        flat = _narrow.narrow(_sink.sink(c.close(c.dce(flat)[0], c.jaxpr_consts(flat))))
+        flat = c.close(c.dce(flat)[0], c.jaxpr_consts(flat))
+        return _rewrite.apply(flat, self.rewriters, self.context, respect_checkpoint=respect)
+
+    @functools.cached_property
+    def flat(self) -> Any:
+        """The step as it is surveyed, its loops divided; None where they cannot be."""
+        flat = _narrow.narrow(_sink.sink(self.outcome.closed))
         return flat if self.variant is None else _split.apply_variant(flat, self.variant)
 
     @property
@@ -70,11 +92,12 @@ class Step:
     def _survey(self, overrides: Mapping[str, str] | None) -> None:
         self.survey = Survey(self.flat, self.target, self.local)
         self.names = Names(self.survey)
-        proposals = [x for p in self.passes for x in p.propose(self.survey)]
+        proposing = [p for p in self.passes if callable(getattr(p, "propose", None))]
+        proposals = [x for p in proposing for x in p.propose(self.survey)]
         never, self.always = settle(self.survey, self.names, overrides)
         self.repeatable = {x.op: x.seconds for x in proposals if isinstance(x, Repeat) and x.op not in never}
         self.always &= set(self.repeatable)
-        self.left = [x for x in proposals if isinstance(x, Left)]
+        self.left = [*self.outcome.left, *(x for x in proposals if isinstance(x, Left))]
         self.stores = self._possible([x for x in proposals if isinstance(x, Store)], never)
 
     def _possible(self, stores: Sequence[Store], never: set[int]) -> list[Store]:
@@ -100,16 +123,22 @@ class Step:
         """Return the choice that a saved plan holds.
 
         Raises:
-          ValueError: no pass proposes a form that the plan stores a value in.
+          ValueError: its numbers mean nothing in this step, or no pass proposes a form that it stores a value in.
         """
         forms = {(store.value, store.name): store for store in self.stores}
-        missing = sorted({name for value, name in plan.stores.items() if (value, name) not in forms})
-        if missing:
-            raise ValueError(f"The saved plan stores a value as {missing[0]!r}, which no pass proposes. Plan again.")
+        _saved.check_numbers(
+            plan.repeats,
+            plan.stores,
+            places=range(self.survey.bins),
+            repeatable=self.repeatable,
+            forms=frozenset(forms),
+            alone=_segments.ALONE,
+        )
         repeats = {place: frozenset(ops) for place, ops in plan.repeats.items()}
         return Choice(repeats, {value: forms[value, name] for value, name in plan.stores.items()})
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
         """What a saved plan of this step is good for."""
-        return fingerprint(self.closed, self.target, self.passes, self.local)
+        found = fingerprint(self.closed, self.target, self.passes, self.local)
+        return found if self.survey is None else {**found, "graph": graph_digest(self.survey.graph)}

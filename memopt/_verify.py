@@ -53,8 +53,8 @@ def plan_program(program: Program, arguments: list[Any], *, verified: bool) -> N
         arguments=[*arguments, *getattr(program.closed_jaxpr, "consts", ())],
     )
     if program.budget_bytes is None:
-        if settings.plan is not None:
-            program.index = 0
+        if settings.plan is not None or settings.always_rewrites:
+            program.index = program.ladder.choose(None)
         return
     try:
         program.index = _first_choice(program, verified)
@@ -77,7 +77,8 @@ def _first_choice(program: Program, verified: bool) -> int:
 def _by_peak(program: Program) -> list[tuple[int, int]]:
     """Return the rungs with their peaks, measured where known, smallest first."""
     peaks = {index: rung.predicted_peak_bytes for index, rung in enumerate(program.ladder.rungs)} | program.measured
-    return sorted(peaks.items(), key=lambda item: item[1])
+    first = getattr(program.ladder, "first", 0)
+    return sorted((item for item in peaks.items() if item[0] >= first), key=lambda item: item[1])
 
 
 def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stages.Compiled | None:

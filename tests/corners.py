@@ -83,6 +83,7 @@ def debug_in_loss(w, x):
     def noisy(w, h):
         jax.debug.callback(_note, h[0, 0])
         return layer(w, h)
+
     return grad_of(noisy)(w, x)
 
 
@@ -90,6 +91,7 @@ def debug_in_scan(w, x):
     def noisy(w, h):
         jax.debug.callback(_note, h[0, 0])
         return layer(w, h)
+
     return grad_of(lambda w, x: scanned(noisy, w, x))(w, x)
 
 
@@ -152,6 +154,7 @@ def bf16_mix(w, x):
     def mixed(w, x):
         h = jnp.dot(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
         return jax.nn.softmax(h) @ w + jnp.tanh(h.astype(jnp.bfloat16)).astype(jnp.float32)
+
     return grad_of(mixed)(w, x)
 
 
@@ -227,6 +230,7 @@ def linalg(w, x):
     def solved(w, x):
         spd = w @ w.T + 2.0 * jnp.eye(4, dtype=jnp.float32)
         return jnp.linalg.solve(spd, x) + jnp.linalg.cholesky(spd) + jnp.linalg.inv(spd)
+
     return grad_of(solved)(w, x)
 
 
@@ -245,6 +249,7 @@ def scan_tree(w, x):
     def body(c, i):
         h, d = c
         return (layer(w, h) * d["s"], {"s": d["s"] * 0.9, "n": d["n"] + i}), (i, h[0])
+
     start = x, {"s": jnp.float32(1), "n": jnp.int32(0)}
     gradient = jax.grad(lambda x: jnp.sum(lax.scan(body, (x, start[1]), jnp.arange(3))[0][0]))(x)
     return gradient, lax.scan(body, start, jnp.arange(3))
@@ -257,18 +262,21 @@ def scan_gradient(w, x):
 def while_large(w, x):
     def more(c):
         return jnp.logical_and(c[0] < 5, jnp.sum(c[1]) < 100.0)
+
     return lax.while_loop(more, lambda c: (c[0] + 1, layer(w, c[1]), c[2] @ w), (0, x, x)), jax.grad(total(layer))(w, x)
 
 
 def cond_residuals(flag, w, x):
     def pick(w, x):
         return lax.cond(flag, lambda: jnp.exp(layer(w, x)), lambda: jnp.sin(x @ w) * jnp.cos(x))
+
     return grad_of(pick)(w, x)
 
 
 def switch_in_scan(w, x):
     def body(v, h):
         return lax.switch(jnp.int32(v[0, 0] > 1.0), [layer, lambda v, h: jnp.exp(-h * h) @ v], v, h)
+
     return grad_of(lambda w, x: scanned(body, w, x)[0])(w, x)
 
 
@@ -279,12 +287,14 @@ def vmap_scan(w, x):
 def remat_in_scan(policy, w, x):
     def named(w, h):
         return jnp.sin(checkpoint_name(jnp.tanh(h @ w), "hidden")) @ w
+
     return grad_of(lambda w, x: scanned(jax.checkpoint(named, policy=policy, prevent_cse=False), w, x)[0])(w, x)
 
 
 def names(w, x):
     def named(w, x):
         return jnp.sin(checkpoint_name(jnp.tanh(checkpoint_name(x @ w, "pre")), "post")) @ w
+
     return grad_of(jax.checkpoint(named, policy=POLICIES.save_only_these_names("post")))(w, x)
 
 
@@ -298,6 +308,7 @@ def sharded_sum(w, x):
 
     def local(w, x):
         return lax.psum(layer(w, x), "d")
+
     inner = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=PartitionSpec())
     return grad_of(inner)(w, x)
 
@@ -305,6 +316,7 @@ def sharded_sum(w, x):
 def pallas(w, x):
     def kernel(x_ref, o_ref):
         o_ref[...] = jnp.sin(x_ref[...]) * 2.0
+
     call = pl.pallas_call(kernel, out_shape=_like(x), interpret=True)
     return call(layer(w, x)), jax.grad(total(layer))(w, x)
 
@@ -314,21 +326,45 @@ def barrier(w, x):
 
 
 def _with_policies() -> dict[str, Corner]:
-    policies = {"none": None, "dots": POLICIES.dots_saveable, "nothing": POLICIES.nothing_saveable,
-                "names": POLICIES.save_only_these_names("hidden"), "all": POLICIES.everything_saveable}
-    return {f"remat_in_scan_{n}": Corner(functools.partial(remat_in_scan, p), (W, X), gradient=n == "dots")
-            for n, p in policies.items()}
+    policies = {
+        "none": None,
+        "dots": POLICIES.dots_saveable,
+        "nothing": POLICIES.nothing_saveable,
+        "names": POLICIES.save_only_these_names("hidden"),
+        "all": POLICIES.everything_saveable,
+    }
+    return {
+        f"remat_in_scan_{n}": Corner(functools.partial(remat_in_scan, p), (W, X), gradient=n == "dots")
+        for n, p in policies.items()
+    }
 
 
 def corners() -> dict[str, Corner]:
     """Return every corner by name."""
     plain = (debug_print, debug_in_loss, debug_in_scan, io_ordered, io_unordered)
     calls = {"debug_print": 1, "debug_in_loss": 1, "debug_in_scan": 4, "io_ordered": 2, "io_unordered": 1}
-    usual = (linalg, nested_loops, vmap_scan, pure, mutable, literals, zero_size, bf16_mix, complex_numbers, fft,
-             nondiff, custom_vjp_plain, vjp_twice, linearised, pullback_returned, while_large, jit_donating,
-             sharded_sum, pallas)
-    smooth = (zero_tangents, sort_gradient, scan_no_xs, scan_tree, scan_gradient, switch_in_scan,
-              names, barrier)
+    usual = (
+        linalg,
+        nested_loops,
+        vmap_scan,
+        pure,
+        mutable,
+        literals,
+        zero_size,
+        bf16_mix,
+        complex_numbers,
+        fft,
+        nondiff,
+        custom_vjp_plain,
+        vjp_twice,
+        linearised,
+        pullback_returned,
+        while_large,
+        jit_donating,
+        sharded_sum,
+        pallas,
+    )
+    smooth = (zero_tangents, sort_gradient, scan_no_xs, scan_tree, scan_gradient, switch_in_scan, names, barrier)
     return {
         **{f.__name__: Corner(f, (W, X), calls=calls[f.__name__]) for f in plain},
         **{f.__name__: Corner(f, (W, X), loose=f is bf16_mix) for f in usual},

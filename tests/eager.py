@@ -177,9 +177,11 @@ def _cumsum(params: dict[str, Any], x: np.ndarray) -> np.ndarray:
 
 def _floats(function: Callable[..., Any]) -> Callable[[Any, Sequence[Any]], Sequence[Any]]:
     """As ``_numpy``, for floats alone: NumPy divides and raises integers otherwise than XLA."""
+
     def run(eqn, values):
         real = jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.floating)
         return _in_numpy(function, eqn, values) if real else _bind(eqn, values)
+
     return run
 
 
@@ -193,28 +195,83 @@ def _argmax(params: dict[str, Any], x: np.ndarray) -> np.ndarray:
 
 
 RULES: dict[str, Callable[[Any, Sequence[Any]], Sequence[Any]]] = {
-    "scan": _scan, "while": _while, "cond": _cond, "jit": _call, "pjit": _call, "closed_call": _call,
-    "core_call": _call, "checkpoint": _call, "remat2": _call, "remat": _call, "custom_jvp_call": _call,
-    "custom_vjp_call": _call, "custom_vjp_call_jaxpr": _call,
-    **{name: _numpy(lambda _, *xs, f=f: f(*xs)) for name, f in {
-        "add": np.add, "add_any": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative, "sin": np.sin,
-        "cos": np.cos, "exp": np.exp, "tanh": np.tanh, "sqrt": np.sqrt, "square": np.square, "gt": np.greater,
-        "lt": np.less, "ge": np.greater_equal, "le": np.less_equal, "eq": np.equal, "ne": np.not_equal,
-        "stop_gradient": np.asarray, "copy": np.asarray, "max": np.maximum, "min": np.minimum, "and": np.bitwise_and,
-        "or": np.bitwise_or, "xor": np.bitwise_xor, "not": np.invert, "abs": np.abs, "sign": np.sign,
-        "floor": np.floor, "is_finite": np.isfinite}.items()},
-    **{name: _floats(lambda _, *xs, f=f: f(*xs)) for name, f in {
-        "div": np.divide, "log": np.log, "log1p": np.log1p, "expm1": np.expm1, "rem": np.fmod, "pow": np.power,
-        "rsqrt": lambda x: 1 / np.sqrt(x), "logistic": lambda x: 1 / (1 + np.exp(-x))}.items()},
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+    "jit": _call,
+    "pjit": _call,
+    "closed_call": _call,
+    "core_call": _call,
+    "checkpoint": _call,
+    "remat2": _call,
+    "remat": _call,
+    "custom_jvp_call": _call,
+    "custom_vjp_call": _call,
+    "custom_vjp_call_jaxpr": _call,
+    **{
+        name: _numpy(lambda _, *xs, f=f: f(*xs))
+        for name, f in {
+            "add": np.add,
+            "add_any": np.add,
+            "sub": np.subtract,
+            "mul": np.multiply,
+            "neg": np.negative,
+            "sin": np.sin,
+            "cos": np.cos,
+            "exp": np.exp,
+            "tanh": np.tanh,
+            "sqrt": np.sqrt,
+            "square": np.square,
+            "gt": np.greater,
+            "lt": np.less,
+            "ge": np.greater_equal,
+            "le": np.less_equal,
+            "eq": np.equal,
+            "ne": np.not_equal,
+            "stop_gradient": np.asarray,
+            "copy": np.asarray,
+            "max": np.maximum,
+            "min": np.minimum,
+            "and": np.bitwise_and,
+            "or": np.bitwise_or,
+            "xor": np.bitwise_xor,
+            "not": np.invert,
+            "abs": np.abs,
+            "sign": np.sign,
+            "floor": np.floor,
+            "is_finite": np.isfinite,
+        }.items()
+    },
+    **{
+        name: _floats(lambda _, *xs, f=f: f(*xs))
+        for name, f in {
+            "div": np.divide,
+            "log": np.log,
+            "log1p": np.log1p,
+            "expm1": np.expm1,
+            "rem": np.fmod,
+            "pow": np.power,
+            "rsqrt": lambda x: 1 / np.sqrt(x),
+            "logistic": lambda x: 1 / (1 + np.exp(-x)),
+        }.items()
+    },
     "integer_pow": _floats(lambda params, x: x ** params["y"]),
-    "dot_general": _numpy(_dot), "pad": _numpy(_pad), "iota": _numpy(_iota), "cumsum": _numpy(_cumsum),
-    "argmax": _numpy(_argmax), "split": _split, "convert_element_type": _convert,
+    "dot_general": _numpy(_dot),
+    "pad": _numpy(_pad),
+    "iota": _numpy(_iota),
+    "cumsum": _numpy(_cumsum),
+    "argmax": _numpy(_argmax),
+    "split": _split,
+    "convert_element_type": _convert,
     "rev": _numpy(lambda params, x: np.flip(x, params["dimensions"])),
     "expand_dims": _numpy(lambda _, x: x),
     "reduce_max": _numpy(lambda params, x: np.max(x, axis=params["axes"])),
     "clamp": _numpy(lambda _, low, x, high: np.clip(x, low, high)),
-    "broadcast_in_dim": _numpy(_broadcast), "slice": _numpy(_slice), "select_n": _numpy(_select),
-    "reshape": _numpy(lambda _, x, *sizes: x), "squeeze": _numpy(lambda _, x: x),
+    "broadcast_in_dim": _numpy(_broadcast),
+    "slice": _numpy(_slice),
+    "select_n": _numpy(_select),
+    "reshape": _numpy(lambda _, x, *sizes: x),
+    "squeeze": _numpy(lambda _, x: x),
     "transpose": _numpy(lambda params, x: np.transpose(x, params["permutation"])),
     "reduce_sum": _numpy(lambda params, x: np.sum(x, axis=params["axes"])),
     "concatenate": _numpy(lambda params, *xs: np.concatenate(xs, axis=params["dimension"])),

@@ -144,9 +144,13 @@ def solve(graph: Graph, budget_bytes: int, *, time_limit_seconds: float = 60.0) 
     eq. 1-8.
     """
     program = _Program(graph, budget_bytes)
-    result = optimize.milp(program.costs, constraints=program.constraints(), integrality=program.integrality,
-                           bounds=optimize.Bounds(program.low, program.high),
-                           options={"time_limit": time_limit_seconds})
+    result = optimize.milp(
+        program.costs,
+        constraints=program.constraints(),
+        integrality=program.integrality,
+        bounds=optimize.Bounds(program.low, program.high),
+        options={"time_limit": time_limit_seconds},
+    )
     if result.status == 2:
         return Answer(False, None, np.inf, True)
     bound = max(graph.seconds, float(result.mip_dual_bound)) if result.mip_dual_bound is not None else graph.seconds

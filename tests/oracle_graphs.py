@@ -54,8 +54,9 @@ def random_graph(seed: int, n_ops: int, unit: int = UNIT) -> oracle.Graph:
     """
     rng = np.random.default_rng(seed)
     forward = n_ops // 2
-    sources = [sorted({i - 1, int(rng.integers(0, i)) if rng.random() < 0.3 else i - 1}) if i else []
-               for i in range(forward)]
+    sources = [
+        sorted({i - 1, int(rng.integers(0, i)) if rng.random() < 0.3 else i - 1}) if i else [] for i in range(forward)
+    ]
     for k in range(n_ops - forward):
         read = {forward + k - 1} if forward + k else set()
         mirror = forward - 1 - k
@@ -63,8 +64,10 @@ def random_graph(seed: int, n_ops: int, unit: int = UNIT) -> oracle.Graph:
         read |= {int(rng.integers(0, forward))} if forward and rng.random() < 0.2 else set()
         sources.append(sorted(read))
     columns, depths = rng.choice([1, 1, 2, 3, 4], n_ops), rng.choice([1, 2, 4, 8], n_ops)
-    ops = tuple(oracle.Op(tuple(s), int(4 * unit * unit * c), float(2 * unit**3 * c * d / FLOPS_PER_SECOND), (i,))
-                for i, (s, c, d) in enumerate(zip(sources, columns, depths, strict=True)))
+    ops = tuple(
+        oracle.Op(tuple(s), int(4 * unit * unit * c), float(2 * unit**3 * c * d / FLOPS_PER_SECOND), (i,))
+        for i, (s, c, d) in enumerate(zip(sources, columns, depths, strict=True))
+    )
     return oracle.Graph(ops, _outputs(sources), forward)
 
 
@@ -176,6 +179,10 @@ def summarise(rows: list[Comparison]) -> dict[str, float]:
     """Return how often the planner is feasible where the oracle is, and quantiles of its excess cost there."""
     possible = [row for row in rows if row.answer.feasible]
     excess = [row.excess for row in possible if row.feasible]
-    return {"graphs": len(rows), "possible": len(possible), "feasible": len(excess) / max(len(possible), 1),
-            "median": float(np.median(excess)) if excess else np.inf,
-            "p95": float(np.quantile(excess, 0.95)) if excess else np.inf}
+    return {
+        "graphs": len(rows),
+        "possible": len(possible),
+        "feasible": len(excess) / max(len(possible), 1),
+        "median": float(np.median(excess)) if excess else np.inf,
+        "p95": float(np.quantile(excess, 0.95)) if excess else np.inf,
+    }

@@ -111,8 +111,13 @@ def top(p, h, c):
 def conv(p, h, c):
     kernel = p["w"][:3, :, None]
     out = lax.conv_general_dilated(
-        h[None, :, :], jnp.transpose(kernel, (0, 2, 1)), (1,), "SAME",
-        dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=h.shape[1])
+        h[None, :, :],
+        jnp.transpose(kernel, (0, 2, 1)),
+        (1,),
+        "SAME",
+        dimension_numbers=("NWC", "WIO", "NWC"),
+        feature_group_count=h.shape[1],
+    )
     return h + jnp.tanh(out[0])
 
 
@@ -287,8 +292,47 @@ def softplus(p, h, c):
     return jax.nn.log_softmax(h @ p["w"], axis=-1) * 0.3 + jax.nn.softplus(h) + lax.erf(h) + jnp.sqrt(h * h + 0.1)
 
 
-LAYERS = {f.__name__: f for f in (
-    dense, mlp, swiglu, attention, heads, layernorm, bf16, waves, leaky, gather, scatter, slices, shuffle, sums,
-    extremes, top, conv, pool, dropout, noise, recurrent, gated, whiles, branch, choose, custom_vjp, custom_jvp, rows,
-    shared, frozen, empty, weak, constants, integers, named, chain, barrier, softplus)}
+LAYERS = {
+    f.__name__: f
+    for f in (
+        dense,
+        mlp,
+        swiglu,
+        attention,
+        heads,
+        layernorm,
+        bf16,
+        waves,
+        leaky,
+        gather,
+        scatter,
+        slices,
+        shuffle,
+        sums,
+        extremes,
+        top,
+        conv,
+        pool,
+        dropout,
+        noise,
+        recurrent,
+        gated,
+        whiles,
+        branch,
+        choose,
+        custom_vjp,
+        custom_jvp,
+        rows,
+        shared,
+        frozen,
+        empty,
+        weak,
+        constants,
+        integers,
+        named,
+        chain,
+        barrier,
+        softplus,
+    )
+}
 """Every layer by name."""

@@ -195,8 +195,13 @@ def run_stack(model: Model, params, h, c):
 def outputs(model: Model, params, batch, key):
     """Return the logits ``[rows, classes]``."""
     h = batch["x"] @ params["in"] if model.inputs == "dense" else params["embed"][batch["tokens"]] + 0.1 * batch["x"]
-    c = {"key": key, "ids": batch["tokens"], "mask": batch["mask"], "step": batch["step"],
-         "scale": jnp.sum(params["in"][0])}
+    c = {
+        "key": key,
+        "ids": batch["tokens"],
+        "mask": batch["mask"],
+        "step": batch["step"],
+        "scale": jnp.sum(params["in"][0]),
+    }
     return run_stack(model, params["layers"], h, c) @ params["head"]
 
 
@@ -210,8 +215,12 @@ def loss_fn(params, model: Model, batch, key):
         loss = -jnp.mean(jnp.sum(jax.nn.one_hot(batch["labels"], model.classes) * jax.nn.log_softmax(logits), axis=1))
     else:
         loss = jnp.mean(jnp.square(jnp.tanh(logits) - 0.1))
-    aux = {"mean": jnp.mean(logits), "count": jnp.sum(batch["labels"]), "any": jnp.any(batch["mask"]),
-           "best": jnp.argmax(batch["x"], axis=1)}
+    aux = {
+        "mean": jnp.mean(logits),
+        "count": jnp.sum(batch["labels"]),
+        "any": jnp.any(batch["mask"]),
+        "best": jnp.argmax(batch["x"], axis=1),
+    }
     return loss, aux
 
 

@@ -43,8 +43,16 @@ def _draw_model(rng: np.random.Generator) -> tuple[Model, frozenset[str]]:
     wraps = [str(w) for w in rng.choice(list(WRAPPERS), size=len(names), p=_wrapper_odds())]
     length = int(rng.integers(2, 4)) if stack in ("unrolled", "nested") else int(rng.choice([0, 1, 2, 3, 3, 5]))
     layers = tuple(WRAPPERS[w](LAYERS[n]) for n, w in zip(names, wraps, strict=True))
-    model = Model(layers, stack, length, 4, int(rng.choice([4, 8], p=[0.8, 0.2])), 5,
-                  str(rng.choice(["xent", "onehot", "square"])), str(rng.choice(["dense", "embed"])))
+    model = Model(
+        layers,
+        stack,
+        length,
+        4,
+        int(rng.choice([4, 8], p=[0.8, 0.2])),
+        5,
+        str(rng.choice(["xent", "onehot", "square"])),
+        str(rng.choice(["dense", "embed"])),
+    )
     if stack == "scan_unroll" and length < 2:
         model = replace(model, stack="scan")
     return model, frozenset(names) | frozenset(wraps) | {model.stack, model.loss, model.inputs, f"length_{length}"}
@@ -60,9 +68,12 @@ def make_params(rng: np.random.Generator, model: Model):
     """Draw the parameters: a list of layers when unrolled, stacked ones when scanned."""
     lead = {"unrolled": (), "nested": (model.length, 2)}.get(model.stack, (model.length,))
     layers = [_layer_params(rng, model.width, lead) for _ in range(model.length if model.stack == "unrolled" else 1)]
-    return {"in": _normal(rng, model.width, model.width), "embed": _normal(rng, 7, model.width),
-            "head": _normal(rng, model.width, model.classes),
-            "layers": layers if model.stack == "unrolled" else layers[0]}
+    return {
+        "in": _normal(rng, model.width, model.width),
+        "embed": _normal(rng, 7, model.width),
+        "head": _normal(rng, model.width, model.classes),
+        "layers": layers if model.stack == "unrolled" else layers[0],
+    }
 
 
 def _layer_params(rng: np.random.Generator, width: int, lead: tuple[int, ...]) -> dict[str, np.ndarray]:
@@ -76,10 +87,13 @@ def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 def make_batch(rng: np.random.Generator, model: Model) -> dict[str, np.ndarray]:
     """Draw one batch: floats, integers, bools and a step number."""
-    return {"x": _normal(rng, model.rows, model.width) * np.float32(2),
-            "tokens": rng.integers(0, 7, model.rows, dtype=np.int32),
-            "labels": rng.integers(0, model.classes, model.rows, dtype=np.int32),
-            "mask": rng.random(model.rows) < 0.7, "step": np.int32(rng.integers(0, 5))}
+    return {
+        "x": _normal(rng, model.rows, model.width) * np.float32(2),
+        "tokens": rng.integers(0, 7, model.rows, dtype=np.int32),
+        "labels": rng.integers(0, model.classes, model.rows, dtype=np.int32),
+        "mask": rng.random(model.rows) < 0.7,
+        "step": np.int32(rng.integers(0, 5)),
+    }
 
 
 def make_program(seed: int) -> Program:

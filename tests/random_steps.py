@@ -98,6 +98,7 @@ def accumulate(model: Model, params, batch, key, rate):
         grads, total = carry
         loss, new = jax.value_and_grad(scalar_loss)(params, model, {**batch, "x": one[0]}, one[1])
         return (tree_map(jnp.add, grads, new), total + loss), loss
+
     micro = batch["x"][None, :, :] * jnp.asarray([1.0, -0.5], jnp.float32)[:, None, None]
     zeros = tree_map(jnp.zeros_like, params), jnp.float32(0)
     (grads, total), losses = lax.scan(body, zeros, (micro, jax.random.split(key, 2)))
@@ -108,6 +109,7 @@ def loop(model: Model, params, batch, key, rate):
     def body(params, key):
         loss, grads = jax.value_and_grad(scalar_loss)(params, model, batch, key)
         return descend(params, grads, rate), loss
+
     return lax.scan(body, params, jax.random.split(key, 3))
 
 
@@ -116,6 +118,7 @@ def fori(model: Model, params, batch, key, rate):
         params, total = carry
         loss, grads = jax.value_and_grad(scalar_loss)(params, model, batch, jax.random.fold_in(key, i))
         return descend(params, grads, rate), total + loss
+
     return lax.fori_loop(0, batch["step"], body, (params, jnp.float32(0)))
 
 
@@ -123,6 +126,7 @@ def penalty(model: Model, params, batch, key, rate):
     def total(params):
         slope = jax.grad(lambda x: jnp.sum(outputs(model, params, {**batch, "x": x}, key)[:, 0]))(batch["x"])
         return scalar_loss(params, model, batch, key) + 0.1 * jnp.mean(slope**2)
+
     loss, grads = jax.value_and_grad(total)(params)
     return descend(params, grads, rate), loss
 
@@ -131,6 +135,7 @@ def maml(model: Model, params, batch, key, rate):
     def outer(params):
         grads = jax.grad(scalar_loss)(params, model, batch, key)
         return scalar_loss(descend(params, grads, 0.05), model, batch, key)
+
     loss, grads = jax.value_and_grad(outer)(params)
     return descend(params, grads, rate), loss
 
@@ -144,6 +149,7 @@ def hessian(model: Model, params, batch, key, rate):
 def per_example(model: Model, params, batch, key, rate):
     def one(x):
         return jax.grad(scalar_loss)(params, model, {**batch, "x": x}, key)
+
     grads = jax.vmap(one)(jnp.stack([batch["x"], -batch["x"]]))
     return descend(params, tree_map(lambda g: jnp.mean(g, axis=0), grads), rate)
 
@@ -152,6 +158,7 @@ def lora(model: Model, params, batch, key, rate):
     def adapted(small):
         merged = {**params, "in": params["in"] + small @ small.T}
         return scalar_loss(merged, model, batch, key)
+
     loss, grad = jax.value_and_grad(adapted)(params["in"][:, :2])
     return {**params, "in": params["in"].at[:, :2].add(-rate * grad)}, loss
 
@@ -191,12 +198,23 @@ def _bare(params):
 
 
 STEPS = {
-    "sgd": Step(sgd, _bare, 2.0), "momentum": Step(momentum, _with_speed, 2.0), "adam": Step(adam, _with_moments, 2.0),
-    "clipped": Step(clipped, _bare), "guarded": Step(guarded, _bare), "gan": Step(gan, _bare),
-    "actor_critic": Step(actor_critic, _bare), "accumulate": Step(accumulate, _bare), "loop": Step(loop, _bare),
-    "fori": Step(fori, _bare, 0.5), "penalty": Step(penalty, _bare, 0.5), "maml": Step(maml, _bare, 0.5),
-    "hessian": Step(hessian, _bare, 0.5), "per_example": Step(per_example, _bare, 0.5), "lora": Step(lora, _bare),
-    "pullbacks": Step(pullbacks, _bare), "forward_mode": Step(forward_mode, _bare, 0.5, differentiates=False),
+    "sgd": Step(sgd, _bare, 2.0),
+    "momentum": Step(momentum, _with_speed, 2.0),
+    "adam": Step(adam, _with_moments, 2.0),
+    "clipped": Step(clipped, _bare),
+    "guarded": Step(guarded, _bare),
+    "gan": Step(gan, _bare),
+    "actor_critic": Step(actor_critic, _bare),
+    "accumulate": Step(accumulate, _bare),
+    "loop": Step(loop, _bare),
+    "fori": Step(fori, _bare, 0.5),
+    "penalty": Step(penalty, _bare, 0.5),
+    "maml": Step(maml, _bare, 0.5),
+    "hessian": Step(hessian, _bare, 0.5),
+    "per_example": Step(per_example, _bare, 0.5),
+    "lora": Step(lora, _bare),
+    "pullbacks": Step(pullbacks, _bare),
+    "forward_mode": Step(forward_mode, _bare, 0.5, differentiates=False),
     "jitted": Step(jitted, _with_speed),
     "inference": Step(inference, _bare, 1.5, donates=False, differentiates=False),
 }

@@ -24,8 +24,14 @@ FAST = {
 """Compiler options for programs that run once: code generation is most of their cost."""
 EXACT = {"xla_allow_excess_precision": False}
 """Compiler options of the optimised runs: a rounding to bf16 that the program asks for is done."""
-TOLERANCE = {"float64": 1e-12, "complex128": 1e-12, "float32": 1e-5, "complex64": 1e-5, "bfloat16": 1e-2,
-             "float16": 2e-3}
+TOLERANCE = {
+    "float64": 1e-12,
+    "complex128": 1e-12,
+    "float32": 1e-5,
+    "complex64": 1e-5,
+    "bfloat16": 1e-2,
+    "float16": 2e-3,
+}
 """Largest difference of a leaf, as a fraction of its norm."""
 AMPLIFIED = 1e-4
 """The tolerance of gradients: these programs hold gradients already, and a second derivative amplifies rounding."""
@@ -33,8 +39,17 @@ FLOOR = 1e-2
 """Norms below this are taken as this: what cancels to nothing has no relative accuracy."""
 
 
-def check(fn: Callable[..., Any], args: tuple[Any, ...], rewrite: Rewrite, *, compiled: bool = True,
-          optimised: bool = False, gradient: bool = False, batched: bool = False, loose: bool = False) -> list[str]:
+def check(
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    rewrite: Rewrite,
+    *,
+    compiled: bool = True,
+    optimised: bool = False,
+    gradient: bool = False,
+    batched: bool = False,
+    loose: bool = False,
+) -> list[str]:
     """Return what differs between ``fn`` and its rewritten program.
 
     Args:
@@ -148,6 +163,7 @@ def _total(closed: jex.ClosedJaxpr) -> Callable[..., Any]:
         results = jex.jaxpr_as_fun(closed)(*xs)
         floats = [y for y in results if jnp.issubdtype(y.dtype, jnp.floating)]
         return sum((jnp.sum(jnp.sin(jnp.asarray(y).astype(jnp.float32))) for y in floats), jnp.float32(0))
+
     return total
 
 
@@ -155,7 +171,10 @@ def _batched(closed: jex.ClosedJaxpr) -> Callable[..., Any]:
     axes = [0 if jnp.issubdtype(aval.dtype, jnp.floating) else None for aval in closed.in_avals]
 
     def batched(*xs):
-        pairs = [jnp.stack([jnp.asarray(x), 0.5 * jnp.asarray(x)]) if axis == 0 else x
-                 for x, axis in zip(xs, axes, strict=True)]
+        pairs = [
+            jnp.stack([jnp.asarray(x), 0.5 * jnp.asarray(x)]) if axis == 0 else x
+            for x, axis in zip(xs, axes, strict=True)
+        ]
         return jax.vmap(jex.jaxpr_as_fun(closed), in_axes=axes)(*pairs)
+
     return batched if 0 in axes else jex.jaxpr_as_fun(closed)

@@ -84,6 +84,7 @@ def test_random_bits_are_repeated_from_the_same_key():
     def fn(key, w, x):
         h = jnp.where(jax.random.bernoulli(key, 0.5, x.shape), block(w, x), 0.0)
         return deep(w, h)
+
     closed = jax.make_jaxpr(jax.grad(fn, argnums=1))(jax.random.key(0), X, X)
     new, kept = applied(closed)
     assert primitives(new).count("random_bits") > primitives(kept).count("random_bits") == 1
@@ -98,6 +99,7 @@ def test_effects_are_never_repeated():
 
     def fn(w, x):
         return jnp.sum(jax.lax.scan(lambda h, v: (noisy(v, h), None), noisy(w[0], x), w)[0])
+
     new, _ = applied(jax.make_jaxpr(jax.grad(fn))(WS, X))
     assert primitives(new).count("debug_callback") == 2
 
@@ -107,7 +109,9 @@ def test_a_loop_with_an_effect_is_never_repeated():
         def body(h, v):
             jax.debug.callback(lambda v: None, h[0, 0])
             return jnp.sin(h) @ v, None
+
         return deep(w[0], jax.lax.scan(body, x, jax.lax.stop_gradient(w))[0])
+
     closed = jax.make_jaxpr(jax.grad(fn))(WS, X)
     survey = forced.survey_of(closed)
     effectful = {op.id for op in survey.graph.ops if op.eqn.effects}
@@ -123,6 +127,7 @@ def test_a_kernel_is_repeated_whole():
     def fn(w, x):
         h = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((4, 4), jnp.float32), interpret=True)(x)
         return deep(w, h)
+
     closed = jax.make_jaxpr(jax.grad(fn))(X, X)
     new, kept = applied(closed)
     bodies = {id(e.params["jaxpr"]) for e in c.open_jaxpr(new).eqns if e.primitive.name == "pallas_call"}
@@ -136,6 +141,7 @@ def test_a_literal_that_a_loop_takes_is_taken_over():
     def fn(w, x):
         loop = jax.jit(lambda scale, w, x: jnp.sum(jax.lax.scan(functools.partial(body, scale), x, w)[0]))
         return loop(jnp.float32(2.0), w, x)
+
     closed = jax.make_jaxpr(jax.grad(fn, argnums=1))(WS, X)
     new, kept = applied(closed)
     assert any(isinstance(v, c.Literal) for v in loops(kept)[0].invars)
@@ -147,6 +153,7 @@ def test_the_index_of_a_cond_is_not_behind_a_barrier():
     def fn(flag, w, x):
         h = jax.lax.cond(flag, lambda v: jnp.sin(v @ w), jnp.tanh, x)
         return deep(w, h)
+
     closed = jax.make_jaxpr(jax.grad(fn, argnums=1))(np.bool_(True), X, X)
     survey = forced.survey_of(closed)
     first = next(op for op in survey.graph.ops if op.eqn.primitive.name == "cond")
@@ -166,12 +173,15 @@ def test_barriers_hold_values_of_the_same_varying_axes():
         def loss(v):
             h = jax.lax.scan(lambda h, _: (block(v, h), None), block(v, x), None, length=2)[0]
             return jax.lax.psum(deep(v, h), "d")
+
         return jax.grad(loss)(w)
+
     closed = jax.make_jaxpr(jax.shard_map(local, mesh=mesh, in_specs=(spec(), spec("d")), out_specs=spec()))(X, X)
     new, _ = applied(closed)
     assert "optimization_barrier" in primitives(new)
-    np.testing.assert_allclose(jax.jit(c.as_function(new))(X, X)[0], jax.jit(c.as_function(closed))(X, X)[0],
-                               rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        jax.jit(c.as_function(new))(X, X)[0], jax.jit(c.as_function(closed))(X, X)[0], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_nothing_repeated_changes_no_operation():

@@ -84,7 +84,8 @@ def factories(monkeypatch):
     explanation = SimpleNamespace(to_png=lambda path: Path(path).write_text("png"))
     monkeypatch.setattr(memopt, "explain", lambda step, *args, **options: explanation, raising=False)
     monkeypatch.setattr(memopt, "optimize", FakeOptimized, raising=False)
-    monkeypatch.setattr(memopt, "Plan", FakePlan, raising=False)
+    reading = SimpleNamespace(from_json=lambda text: SimpleNamespace(plans=(FakePlan.from_json(text),)))
+    monkeypatch.setattr(memopt, "Plans", reading)
     return module
 
 

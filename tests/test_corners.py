@@ -29,8 +29,9 @@ def test_a_corner_is_kept_by_other_rewrites(name, rewrite):
 @pytest.mark.parametrize("name", [n for n, c in corners.corners().items() if c.gradient])
 def test_a_corner_is_kept_by_transformations(name):
     corner = corners.corners()[name]
-    wrong = rewrite_checks.check(corner.fn, corner.args, REWRITES["half"], compiled=False, gradient=True,
-                                 batched=corner.batched)
+    wrong = rewrite_checks.check(
+        corner.fn, corner.args, REWRITES["half"], compiled=False, gradient=True, batched=corner.batched
+    )
     assert wrong == []
 
 
@@ -45,6 +46,7 @@ def test_a_repeated_effect_is_caught():
     def twice(closed):
         eqns = [e.replace() for e in closed.jaxpr.eqns for _ in range(2 if e.primitive.name == "debug_callback" else 1)]
         return jex.ClosedJaxpr(closed.jaxpr.replace(eqns=eqns), closed.consts)
+
     assert calls(twice, corners.corners()["debug_print"]) == 2
 
 

@@ -78,9 +78,11 @@ def test_parts_are_pairs_of_their_own(at):
 
 def mlp(length):
     """Layers with one dear and one cheap residual each, so that a plan has something to choose."""
+
     def loss(w, h):
         h, _ = jax.lax.scan(lambda h, w: (h + jnp.sin(jnp.tanh(h @ w) @ w.T), None), h, w)
         return (h**2).sum()
+
     shapes = jax.ShapeDtypeStruct((length, 512, 512), jnp.float32), jax.ShapeDtypeStruct((4096, 512), jnp.float32)
     return _inline.inline(jax.jit(jax.value_and_grad(loss)).trace(*shapes).jaxpr)
 
@@ -96,6 +98,7 @@ def test_plans_in_between_appear():
     def rungs(closed):
         ladder = make_ladder(closed, donated=[False, False], target=TPU, passes=[Remat()])
         return [r.predicted_peak_bytes for r in ladder.rungs]
+
     closed = mlp(8)
     whole, parts = rungs(closed), rungs(_divide.divide(closed, 0, 4))
     assert len(parts) > len(whole)

@@ -59,6 +59,7 @@ def test_effects_are_not_merged():
     def noisy(x):
         jax.debug.callback(lambda v: None, x)
         return jnp.sin(x)
+
     graph = graph_of(lambda x: noisy(x) + noisy(x), X)
     assert count(graph, "debug_callback") == 2 and count(graph, "sin") == 1
 
@@ -66,6 +67,7 @@ def test_effects_are_not_merged():
 def test_random_bits_of_one_key_are_one_value():
     def fn(key):
         return jax.random.uniform(key, (3,)) + jax.random.uniform(key, (3,))
+
     assert count(graph_of(fn, jax.random.key(0)), "random_bits") == 1
 
 
@@ -74,6 +76,7 @@ def test_a_kernel_is_atomic():
 
     def kernel(x_ref, o_ref):
         o_ref[...] = jnp.sin(x_ref[...])
+
     graph = graph_of(pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct((4, 4), jnp.float32), interpret=True), X)
     (op,) = (op for op in graph.ops if op.eqn.primitive.name == "pallas_call")
     assert not op.bodies and count(graph, "sin") == 0

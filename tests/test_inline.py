@@ -51,6 +51,7 @@ def test_a_call_that_donates_stays():
 def test_calls_inside_loop_bodies_dissolve():
     def fn(x):
         return jax.lax.scan(lambda h, _: (jax.jit(layer)(h), None), x, None, length=3)[0]
+
     found = primitives(_inline.inline(jax.make_jaxpr(fn)(X)))
     assert "scan" in found and "tanh" in found and not {"jit", "pjit"} & set(found)
 
@@ -67,6 +68,7 @@ def test_names_of_calls_are_put_before_the_inner_ones():
     def inner(x):
         with jax.named_scope("inner"):
             return jnp.sin(x)
+
     flat = _inline.inline(jax.make_jaxpr(fn)(X))
     (eqn,) = (e for e in c.open_jaxpr(flat).eqns if e.primitive.name == "sin")
     parts = str(c.name_stack(eqn)).split("/")
@@ -85,6 +87,7 @@ def test_a_loop_body_closes_over_no_constants():
 
     def fn(x):
         return jax.lax.scan(lambda h, _: (jax.jit(lambda v: v * table[None, :])(h), None), x, None, length=2)[0]
+
     flat = _inline.inline(jax.make_jaxpr(fn)(X))
     bodies = [e.params["jaxpr"] for e in c.open_jaxpr(flat).eqns if e.primitive.name == "scan"]
     assert len(bodies) == 1 and not c.jaxpr_consts(bodies[0])

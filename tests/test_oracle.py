@@ -15,9 +15,22 @@ def chain(n: int) -> oracle.Graph:
     return oracle.Graph(tuple(ops), (len(ops) - 1,), n)
 
 
-@pytest.mark.parametrize(("n", "budget_bytes", "seconds"), [
-    (3, 40, 6.0), (3, 30, 7.0), (3, 20, None), (4, 50, 8.0), (4, 40, 9.0), (4, 30, 11.0), (5, 60, 10.0), (5, 50, 11.0),
-    (5, 40, 12.0), (5, 30, 16.0), (5, 29, None)])
+@pytest.mark.parametrize(
+    ("n", "budget_bytes", "seconds"),
+    [
+        (3, 40, 6.0),
+        (3, 30, 7.0),
+        (3, 20, None),
+        (4, 50, 8.0),
+        (4, 40, 9.0),
+        (4, 30, 11.0),
+        (5, 60, 10.0),
+        (5, 50, 11.0),
+        (5, 40, 12.0),
+        (5, 30, 16.0),
+        (5, 29, None),
+    ],
+)
 def test_hand_solved_chains(n, budget_bytes, seconds):
     answer = oracle.solve(chain(n), budget_bytes)
     assert answer.proven and answer.feasible is (seconds is not None)
@@ -85,8 +98,11 @@ def scheduled(closed: jex.ClosedJaxpr, runs: tuple[int, ...]) -> jex.ClosedJaxpr
     for number in runs:
         eqn = old[number]
         fresh = [jex.Var(v.aval) for v in eqn.outvars]
-        eqns.append(eqn.replace(invars=[env.get(v, v) if not isinstance(v, jex.Literal) else v for v in eqn.invars],
-                                outvars=fresh))
+        eqns.append(
+            eqn.replace(
+                invars=[env.get(v, v) if not isinstance(v, jex.Literal) else v for v in eqn.invars], outvars=fresh
+            )
+        )
         env.update(zip(eqn.outvars, fresh, strict=True))
     outvars = [env[v] for v in closed.jaxpr.outvars]
     return jex.ClosedJaxpr(closed.jaxpr.replace(eqns=eqns, outvars=outvars), closed.consts)
@@ -95,6 +111,7 @@ def scheduled(closed: jex.ClosedJaxpr, runs: tuple[int, ...]) -> jex.ClosedJaxpr
 def test_the_harness_tells_good_planners_from_bad():
     def best(closed, budget_bytes):
         return scheduled(closed, oracle.solve(graph, budget_bytes).runs)
+
     rows = []
     for seed in range(5):
         graph = oracle_graphs.random_graph(seed, 9)

@@ -251,8 +251,15 @@ def in_a_process(body: str, seed: str, text: str = "") -> str:
     """Run code with this module as `t` in a new process with a hash seed of its own, and return what it prints."""
     root = pathlib.Path(__file__).resolve().parent.parent
     code = CHILD.format(tests=str(root / "tests"), root=str(root), body=body)
-    done = subprocess.run([sys.executable, "-c", code], env=dict(os.environ, PYTHONHASHSEED=seed), input=text,
-                          text=True, capture_output=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=dict(os.environ, PYTHONHASHSEED=seed),
+        input=text,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -275,7 +282,7 @@ def test_a_saved_plan_is_applied_in_another_process():
     body = """
 plan = t.Plan.from_json(sys.stdin.read())
 closed = t.traced()
-rung, = t.ladder_of_plan(closed, plan, donated=(), target=t.TARGET, passes=[t.Remat()]).rungs
+_, rung = t.ladder_of_plan(closed, plan, donated=(), target=t.TARGET, passes=[t.Remat()]).rungs
 print(json.dumps([t.told(rung), len(rung.jaxpr().eqns)]))
 """
     found = json.loads(in_a_process(body, "3", text))
@@ -284,9 +291,15 @@ print(json.dumps([t.told(rung), len(rung.jaxpr().eqns)]))
     assert rung.choice.repeats
 
 
-@pytest.mark.parametrize(("field", "change"), [
-    ("jaxpr", {"function": lambda w, x: loss(w, x * 2.0)}), ("target", {"target": "gpu:a100"}),
-    ("passes", {"passes": [Remat(respect_checkpoint=True)]}), ("jax version", {})])
+@pytest.mark.parametrize(
+    ("field", "change"),
+    [
+        ("jaxpr", {"function": lambda w, x: loss(w, x * 2.0)}),
+        ("target", {"target": "gpu:a100"}),
+        ("passes", {"passes": [Remat(respect_checkpoint=True)]}),
+        ("jax version", {}),
+    ],
+)
 def test_a_plan_for_another_step_is_refused(field, change):
     plan = planned().plan(1)
     if field == "jax version":

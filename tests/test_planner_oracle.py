@@ -57,8 +57,9 @@ def plan(closed, budget_bytes: int):
 def compared(count: int, sizes: Sequence[int], first_seed: int, limit: float) -> list[oracle_graphs.Comparison]:
     """Compare on `count` graphs; sizes and budgets take turns."""
     return [
-        oracle_graphs.compare(plan, first_seed + i, sizes[i % len(sizes)], SHARES[i // len(sizes) % len(SHARES)],
-                              time_limit_seconds=limit)
+        oracle_graphs.compare(
+            plan, first_seed + i, sizes[i % len(sizes)], SHARES[i // len(sizes) % len(SHARES)], time_limit_seconds=limit
+        )
         for i in range(count)
     ]
 

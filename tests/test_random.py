@@ -75,8 +75,9 @@ def test_wrong_rewrites_are_caught(damage):
         wrong = damaged(closed, damage)
         if wrong is not closed:
             changed += 1
-            found = random_programs.check_program(seed, lambda c, d=damage: damaged(c, d), compiled=False,
-                                                  optimised=False, gradient=False, batched=False)
+            found = random_programs.check_program(
+                seed, lambda c, d=damage: damaged(c, d), compiled=False, optimised=False, gradient=False, batched=False
+            )
             caught += bool(found)
     assert changed >= 7 and caught >= changed - 1  # what is dropped may be zero: in seed 8 nothing changes
 
@@ -84,6 +85,7 @@ def test_wrong_rewrites_are_caught(damage):
 def test_wrong_types_are_caught():
     def swap_results(closed):
         return jex.ClosedJaxpr(closed.jaxpr.replace(outvars=closed.jaxpr.outvars[::-1]), closed.consts)
+
     closed = jax.make_jaxpr(lambda x: (x * 2, x[0]))(np.ones(3, np.float32))
     assert "result 0" in rewrite_checks.type_differences(closed, swap_results(closed))[0]
     weak = jax.make_jaxpr(lambda x: x)(2.0)
@@ -91,13 +93,17 @@ def test_wrong_types_are_caught():
     assert "weak type" in rewrite_checks.type_differences(weak, strong)[0]
 
 
-@pytest.mark.parametrize(("a", "b", "says"), [
-    (np.float32([1, 2]), np.float32([1, 2.00001]), ""),
-    (np.float32([1, 2]), np.float32([1, 2.0001]), "tolerance 1e-05"),
-    (np.int32([1, 2]), np.int32([1, 3]), "1 of 2 elements differ"),
-    (np.float32([1]), np.float32([[1]]), "instead of"),
-    (np.float32([1, np.nan]), np.float32([1, np.nan]), ""),
-    (np.float32([1, np.inf]), np.float32([1, 5]), "not finite")])
+@pytest.mark.parametrize(
+    ("a", "b", "says"),
+    [
+        (np.float32([1, 2]), np.float32([1, 2.00001]), ""),
+        (np.float32([1, 2]), np.float32([1, 2.0001]), "tolerance 1e-05"),
+        (np.int32([1, 2]), np.int32([1, 3]), "1 of 2 elements differ"),
+        (np.float32([1]), np.float32([[1]]), "instead of"),
+        (np.float32([1, np.nan]), np.float32([1, np.nan]), ""),
+        (np.float32([1, np.inf]), np.float32([1, 5]), "not finite"),
+    ],
+)
 def test_differences(a, b, says):
     line = rewrite_checks.difference(a, b)
     assert says in line and bool(line) == bool(says)

@@ -78,6 +78,7 @@ def effectful(w, h):
     def body(h, _):
         jax.debug.callback(lambda x: None, h.sum())
         return jnp.tanh(h @ w), None
+
     return jax.lax.scan(body, h, length=16)[0].sum()
 
 
@@ -92,8 +93,10 @@ def test_effects_are_refused():
 def test_source_information_stays():
     closed, _, (path,) = loop_pairs.traced("layers", 12)
     dots = [
-        c.user_source(e) for s in loop_pairs.scans(_split.two_level(closed, path, 4))
-        for e in c.open_jaxpr(s.params["jaxpr"]).eqns if e.primitive.name == "dot_general"
+        c.user_source(e)
+        for s in loop_pairs.scans(_split.two_level(closed, path, 4))
+        for e in c.open_jaxpr(s.params["jaxpr"]).eqns
+        if e.primitive.name == "dot_general"
     ]
     assert dots and all("loop_pairs.py" in text for text in dots)
 
@@ -116,8 +119,12 @@ def test_the_carries_of_a_long_loop_fall_as_the_root_of_its_length():
 
 
 def test_candidates_are_few_and_by_length():
-    for length, kinds in ((3, []), (8, ["divide"] * 3), (16, ["two_level"] + ["divide"] * 3),
-                          (64, ["two_level"] * 2 + ["divide"] * 3)):
+    for length, kinds in (
+        (3, []),
+        (8, ["divide"] * 3),
+        (16, ["two_level"] + ["divide"] * 3),
+        (64, ["two_level"] * 2 + ["divide"] * 3),
+    ):
         closed, _, (path,) = loop_pairs.traced("layers", length)
         found = _split.candidates(closed)
         assert [v.kind for v in found] == kinds
