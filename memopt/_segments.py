@@ -47,9 +47,9 @@ def _boundaries(graph: g.Graph, region: g.Region) -> list[int]:
         return sorted(cuts) if total else []
     crossing = _crossing_bytes(graph, region)
     step = max(1, total // MOST_SEGMENTS)
-    stretches = _blocks.boundaries(graph, region, MOST_BLOCKS)
-    inside = {(a, b) for _, _, found in stretches for a, b in zip(found, found[1:], strict=False)}
-    cuts.update(i for _, _, found in stretches for i in found)
+    stretches = _blocks.stretches(graph, region, MOST_BLOCKS)
+    inside = {pair for s in stretches for pair in zip(s.cuts, s.cuts[1:], strict=False)}
+    cuts.update(i for s in stretches for i in s.cuts)
     last = _blocks.last_heavy(region) if stretches else total
     cuts |= {last} - {total}
     step = max([step, *(b - a for a, b in inside)])

@@ -1,0 +1,227 @@
+"""The floor plan: plans of an unrolled step made block by block, different blocks as different as pays.
+
+In: a search (graph, survey, operations that may be run again, scorer). Out: more plans, scored by the search itself. The
+blocks of the forward pass are found where its operations repeat (`_blocks`). A few *levels* say what a block keeps: what
+enters it, what narrows it inside, the matmuls of a part of it, all matmuls, everything. Each level is built and simulated
+once for all blocks alike; from those timelines follow the bytes that a block at a level holds until its backward pass,
+and those at work there. Then, for one bound on the bytes after another, the levels of all blocks that cost the fewest
+FLOPs are chosen by dynamic programming over the blocks, and that plan goes to the scorer. The last blocks, whose backward
+pass comes first, may so be kept whole, where one price of memory for all would repeat them. It measures nothing of XLA.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from memopt import _blocks, _cost, _segments
+from memopt import _graph as g
+from memopt._network import Choice
+
+_BOUNDS, _BUILT = 12, 30_000  # bounds tried at most, and operations of the step times bounds
+_STATES = 300  # partial plans kept at each block
+_LEAST_BLOCKS = 3
+
+Level = frozenset[int]  # the operations of all blocks whose results are kept
+
+
+def plan(search: Any) -> None:
+    """Score plans made block by block; they join the search's `seen`.
+
+    Args:
+      search: has `survey`, `repeatable`, `always`, `plain`, `score(choice)` and `usage(rung)`.
+    """
+    layers = _layers(search)
+    if layers is None:
+        return
+    table = _Table(search, layers)
+    bounds = table.bounds(max(3, min(_BOUNDS, _BUILT // len(search.survey.graph.ops))))
+    for levels in dict.fromkeys(table.cheapest(bound) for bound in bounds):
+        if levels is not None:
+            search.score(layers.choice([table.kept[k] for k in levels]))
+
+
+def _layers(search: Any) -> Layers | None:
+    """Return the blocks of the forward pass: the longest stretch that is read again after its end."""
+    graph = search.survey.graph
+    found = [Layers(search, s) for s in _blocks.stretches(graph, graph.top, _segments.MOST_BLOCKS) if s.parts]
+    found = [x for x in found if len(x.blocks) >= _LEAST_BLOCKS and x.needs]
+    return max(found, key=lambda x: len(x.needs), default=None)
+
+
+class Layers:
+    """The blocks of a forward pass, and who reads them in the backward pass.
+
+    Attributes:
+      blocks: for each block, the positions of its first operation, of its inner cuts, and after its last operation.
+      needs: `(operation, segment)`: what is read in later segments than those of the blocks.
+    """
+
+    def __init__(self, search: Any, stretch: _blocks.Stretch):
+        self.search, self.graph = search, search.survey.graph
+        self.top = self.graph.top
+        cuts = stretch.cuts
+        starts = range(0, len(cuts) - stretch.parts, stretch.parts)
+        self.blocks = [cuts[k : k + stretch.parts + 1] for k in starts]
+        self.period = stretch.period
+        if not self.blocks:
+            self.needs = []
+            return
+        self.first, self.end = self.blocks[0][0], self.blocks[-1][-1]
+        self.last_bin = self.top.ops[self.end - 1].bin
+        self.needs = list(self._find_needs())
+
+    def _find_needs(self) -> Iterator[tuple[g.Op, int]]:
+        survey = self.search.survey
+        for value, place in survey.needs():
+            op = self.graph.values[value].op
+            if op is not None and place > self.last_bin and op.region == self.top.id and survey.is_here(value, place):
+                if self.first <= op.index < self.end:
+                    yield op, place
+
+    @functools.cached_property
+    def block_of(self) -> np.ndarray:
+        """For each position of the top region, the block that it is in, or -1."""
+        found = np.full(len(self.top.ops), -1)
+        for k, block in enumerate(self.blocks):
+            found[block[0] : block[-1]] = k
+        return found
+
+    @functools.cached_property
+    def levels(self) -> list[Level]:
+        """What blocks may keep, from little to everything."""
+        ends = self._crossing([block[-1] for block in self.blocks])
+        necks = ends | self._crossing([cut for block in self.blocks for cut in block[1:-1]])
+        parts = [self._heavy(k, plain=True) for k in range(len(self.blocks[0]) - 1)]
+        found = [ends, necks, *(necks | part for part in parts), necks.union(*parts)]
+        every = necks.union(*(self._heavy(k, plain=False) for k in range(len(parts))))
+        whole = frozenset(op.id for op in self.top.ops[self.first : self.end])
+        return list(dict.fromkeys([*found, every, whole]))
+
+    def _crossing(self, cuts: Sequence[int]) -> Level:
+        """Return the operations that make what crosses these positions and is read soon after."""
+        held = _blocks.crossing(self.graph, self.top, self.first, self.end, self.period)
+        wanted = set(cuts)
+        return frozenset(
+            self.graph.values[v].op.id
+            for v, (low, high) in held.items()
+            if self.first < low and any(p in wanted for p in range(low, min(high, self.end) + 1))
+        )
+
+    def _heavy(self, part: int, *, plain: bool) -> Level:
+        ranges = [self.top.ops[block[part] : block[part + 1]] for block in self.blocks]
+        return frozenset(op.id for ops in ranges for op in ops if _is_matmul(op) and not (plain and _is_batched(op)))
+
+    def choice(self, kept: Sequence[Level]) -> Choice:
+        """Return the plan in which each block keeps the results of these operations and repeats what else is read."""
+        repeats: dict[int, set[int]] = {}
+        for op, place in self.needs:
+            found = repeats.setdefault(place, set())
+            stack = [op]
+            while stack:
+                one = stack.pop()
+                if one.id not in found and self._is_repeated(one, kept):
+                    found.add(one.id)
+                    stack += [m for v in one.inputs if v is not None and (m := self.graph.values[v].op) is not None]
+        return Choice({place: frozenset(ops) for place, ops in repeats.items() if ops})
+
+    def _is_repeated(self, op: g.Op, kept: Sequence[Level]) -> bool:
+        if op.region != self.top.id or self.block_of[op.index] < 0 or op.id not in self.search.repeatable:
+            return False
+        return op.id in self.search.always or op.id not in kept[self.block_of[op.index]]
+
+    def flops(self, choice: Choice) -> np.ndarray:
+        """Return the matmul FLOPs that a plan repeats of each block."""
+        found = np.zeros(len(self.blocks))
+        for (op, place), first in _segments.chains(self.graph, choice.repeats).items():
+            if place == first:
+                found[self.block_of[self.graph.ops[op].index]] += _cost.matmul_flops(self.graph.ops[op].eqn)
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Partial:
+    """Levels of the first blocks: the bytes that they hold more than at the first level, and what they repeat."""
+
+    held: float
+    flops: float
+    levels: tuple[int, ...]
+
+
+class _Table:
+    """What each level costs and holds in each block, from one simulation a level."""
+
+    def __init__(self, search: Any, layers: Layers):
+        self.kept = layers.levels
+        count = len(layers.blocks)
+        choices = [layers.choice([level] * count) for level in self.kept]
+        usage = np.array([search.usage(search.score(choice)) for choice in choices])
+        self.flops = np.array([layers.flops(choice) for choice in choices])
+        owner = self._owners(layers)
+        first = min(owner, default=layers.last_bin + 1)
+        head = usage[:, layers.last_bin + 1 : first].max(axis=1, initial=0)
+        work = np.zeros((len(self.kept), count))
+        for place, block in owner.items():
+            work[:, block] = np.maximum(work[:, block], usage[:, place])
+        self.held = self._held(head, work)
+        before = np.arange(count)
+        self.work = work - self.held[:, None] * before  # in use at a block's backward pass, without earlier blocks
+        self.head = (head - self.held * count).max()
+        self.all_work = work
+
+    def _owners(self, layers: Layers) -> dict[int, int]:
+        """Return the last block that is read in each segment of the backward pass; what it ends with counts as next's."""
+        ends, found = self.kept[0], {}
+        for op, place in layers.needs:
+            if op.id not in ends:
+                found[place] = max(found.get(place, -1), int(layers.block_of[op.index]))
+        return found
+
+    def _held(self, head: np.ndarray, work: np.ndarray) -> np.ndarray:
+        """Return the bytes that one block holds more than at the first level, for each level."""
+        more = work - work[:1]
+        return np.median(np.diff(more, axis=1), axis=1)
+
+    def bounds(self, count: int) -> list[float]:
+        """Return bounds on the bytes, from what all blocks take at some level to the least that can be."""
+        each = self.all_work.max(axis=1)
+        low, high = 0.0, float(each.min())
+        for _ in range(20):
+            middle = (low + high) / 2
+            low, high = (low, middle) if self.cheapest(middle) is not None else (middle, high)
+        return sorted({high * 1.001, *np.linspace(high, each.max(), count)}, reverse=True)
+
+    def cheapest(self, bound: float) -> tuple[int, ...] | None:
+        """Return the level of each block that repeats the fewest FLOPs within a bound; None where nothing fits."""
+        states = [_Partial(0.0, 0.0, ())]
+        for block in range(self.work.shape[1]):
+            states = _best(
+                _Partial(s.held + held, s.flops + flops, (*s.levels, k))
+                for s in states
+                for k, (held, flops) in enumerate(zip(self.held, self.flops[:, block], strict=True))
+                if self.work[k, block] + s.held <= bound
+            )
+        fitting = [s for s in states if self.head + s.held <= bound]
+        return min(fitting, key=lambda s: (s.flops, s.held)).levels if fitting else None
+
+
+def _best(states: Iterator[_Partial]) -> list[_Partial]:
+    """Return the partial plans that no other beats in bytes and FLOPs."""
+    found: list[_Partial] = []
+    for state in sorted(states, key=lambda s: (s.held, s.flops)):
+        if not found or state.flops < found[-1].flops:
+            found.append(state)
+    every = -(-len(found) // _STATES)
+    return found[::every] if every > 1 else found
+
+
+def _is_matmul(op: g.Op) -> bool:
+    return op.eqn.primitive.name in ("dot_general", "conv_general_dilated")
+
+
+def _is_batched(op: g.Op) -> bool:
+    return op.eqn.primitive.name == "dot_general" and bool(op.eqn.params["dimension_numbers"][1][0])
