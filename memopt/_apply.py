@@ -61,7 +61,7 @@ class _Body:
         self.new_xs: list[tuple[Any, Any]] = []  # (variable, value outside, a literal or the stacked variable itself)
         self.outs: list[Any] = []
         self.pending: list[tuple[int, g.Op, _Body]] = []  # loops whose outputs are settled when the region is done
-        self.latest: Any = None  # the variable made last by an original operation that XLA materialises
+        self.latest: Any = None  # the variable made last that XLA materialises and that later matmuls wait for
 
     @property
     def touched(self) -> bool:
@@ -72,6 +72,7 @@ class _Builder:
     def __init__(self, graph: g.Graph, repeats: Mapping[int, frozenset[int]], stores: Mapping[int, Store]):
         self.graph = graph
         self.repeats = repeats
+        self.onward = graph.onward
         self.chains = _segments.chains(graph, repeats)
         self.forms = _forms.Forms(graph, stores, frozenset().union(*repeats.values()))
         self.leaves: dict[int, list[Any]] = {}  # stored value -> the leaves where it is made
@@ -113,7 +114,8 @@ class _Builder:
         for var in eqn.outvars:
             self.bin_of[var] = op.bin
         if eqn.primitive.name not in _fusion.ELEMENTWISE:
-            body.latest = next((v for v in eqn.outvars if c.guardable(v)), body.latest)
+            made = zip(op.outputs, eqn.outvars, strict=True)
+            body.latest = next((v for o, v in made if o in self.onward and c.guardable(v)), body.latest)
         for value in op.outputs:
             if value in self.forms.of:
                 self._encode(body, value)

@@ -114,7 +114,9 @@ def _stretch(graph: g.Graph, region: g.Region, run: tuple[int, int, int], blocks
     found = {p for phase in phases for p in range(start + phase, end, every * period)}
     if every == 1:
         near = [p + sign * period for p in found for sign in (-1, 1)]
-        found |= {q for p in near if not start <= p < end for q in _necks(held, p, low, period // _SHIFT, profile.min())}
+        found |= {
+            q for p in near if not start <= p < end for q in _necks(held, p, low, period // _SHIFT, profile.min())
+        }
     return Stretch(start, end, period, len(phases), tuple(sorted(found)))
 
 

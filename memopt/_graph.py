@@ -9,11 +9,14 @@ user's own recomputation there and the original become one node. It measures and
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 from memopt import _compat as c
+from memopt import _fusion
 
 INVAR, CONST_IN, CARRY_IN, XS_IN, MADE = "input", "loop constant", "loop carry", "loop slice", "made"
+_FUSED = _fusion.ELEMENTWISE | _fusion.REDUCTIONS
 _BODY_PRIMITIVES = {"scan": "jaxpr", "while": "body_jaxpr", "cond": "branches", "shard_map": "jaxpr"}
 
 
@@ -84,6 +87,17 @@ class Graph:
         self.ops: list[Op] = []
         self.values: list[Value] = []
         self.top = self._region(closed, None, None, 1, {})
+
+    @functools.cached_property
+    def onward(self) -> frozenset[int]:
+        """The values that a matmul, a loop or the like reads at last; a weight's gradient goes to its update alone."""
+        found: set[int] = set()
+        for region in self.regions[1:]:
+            found.update(v for v in region.outs if v is not None)
+        for op in reversed(self.ops):
+            if op.eqn.primitive.name not in _FUSED or not found.isdisjoint(op.outputs):
+                found.update(v for v in op.inputs if v is not None)
+        return frozenset(found)
 
     def _value(self, var: Any, region: int, kind: str, op: Op | None = None, operand: int | None = None) -> int:
         self.values.append(Value(len(self.values), var, region, kind, op, operand))

@@ -22,7 +22,8 @@ from memopt import _blocks, _cost, _segments
 from memopt import _graph as g
 from memopt._network import Choice
 
-_BOUNDS, _BUILT = 12, 30_000  # bounds tried at most, and operations of the step times bounds
+_BOUNDS, _BUILT = 16, 60_000  # bounds tried at most, and operations of the step times bounds
+_SLACK = 1.005  # a bound may be passed by this much: what a block holds is known about so well
 _STATES = 300  # partial plans kept at each block
 _LEAST_BLOCKS = 3
 
@@ -39,7 +40,7 @@ def plan(search: Any) -> None:
     if layers is None:
         return
     table = _Table(search, layers)
-    bounds = table.bounds(max(3, min(_BOUNDS, _BUILT // len(search.survey.graph.ops))))
+    bounds = table.bounds(max(10, min(_BOUNDS, _BUILT // len(search.survey.graph.ops))))
     for levels in dict.fromkeys(table.cheapest(bound) for bound in bounds):
         if levels is not None:
             search.score(layers.choice([table.kept[k] for k in levels]))
@@ -188,12 +189,13 @@ class _Table:
 
     def bounds(self, count: int) -> list[float]:
         """Return bounds on the bytes, from what all blocks take at some level to the least that can be."""
-        each = self.all_work.max(axis=1)
-        low, high = 0.0, float(each.min())
+        each = [float(x) for x in self.all_work.max(axis=1)]
+        low, high = 0.0, min(each)
         for _ in range(20):
             middle = (low + high) / 2
             low, high = (low, middle) if self.cheapest(middle) is not None else (middle, high)
-        return sorted({high * 1.001, *np.linspace(high, each.max(), count)}, reverse=True)
+        between = np.geomspace(high, max(each), max(2, count - len(each)))
+        return sorted({*(_SLACK * x for x in each), *(_SLACK * x for x in between)}, reverse=True)
 
     def cheapest(self, bound: float) -> tuple[int, ...] | None:
         """Return the level of each block that repeats the fewest FLOPs within a bound; None where nothing fits."""

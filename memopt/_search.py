@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from memopt import _apply, _cost, _segments, _timeline
+from memopt import _apply, _cost, _layers, _segments, _timeline
 from memopt import _compat as c
 from memopt._network import Choice, Network
 from memopt._refine import holding, refine
@@ -97,6 +97,7 @@ class Search:
         self.sweep()
         if refined:
             self.seed(usage)
+            _layers.plan(self)
             self.tighten()
             self.prune()
             self.fill()
