@@ -1,8 +1,9 @@
 """The passes: one technique, one file. This list of the defaults is the only place that names concrete passes."""
 
+from memopt.passes.fuse_update import FuseUpdate as FuseUpdate
 from memopt.passes.remat import Remat as Remat
 
-__all__ = ["Remat", "default"]
+__all__ = ["FuseUpdate", "Remat", "default"]
 
 
 def default() -> list:
