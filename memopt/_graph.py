@@ -12,9 +12,8 @@ import dataclasses
 import functools
 from typing import Any
 
-from memopt import _carried
+from memopt import _carried, _fusion
 from memopt import _compat as c
-from memopt import _fusion
 
 INVAR, CONST_IN, CARRY_IN, XS_IN, MADE = "input", "loop constant", "loop carry", "loop slice", "made"
 _FUSED = _fusion.ELEMENTWISE | _fusion.REDUCTIONS

@@ -1,19 +1,20 @@
 """The floor plan: plans of an unrolled step made block by block, different blocks as different as pays.
 
-In: a search (graph, survey, operations that may be run again, scorer). Out: more plans, scored by the search itself. The
-blocks of the forward pass are found where its operations repeat (`_blocks`). A few *levels* say what a block keeps: what
-enters it, what narrows it inside, the matmuls of a part of it, all matmuls, everything. Each level is built and simulated
-once for all blocks alike; from those timelines follow the bytes that a block at a level holds until its backward pass,
-and those at work there. Then, for one bound on the bytes after another, the levels of all blocks that cost the fewest
-FLOPs are chosen by dynamic programming over the blocks, and that plan goes to the scorer. The last blocks, whose backward
-pass comes first, may so be kept whole, where one price of memory for all would repeat them. It measures nothing of XLA.
+In: a search (graph, survey, operations that may be run again, scorer). Out: more plans, scored by the search itself.
+The blocks of the forward pass are found where its operations repeat (`_blocks`). A few *levels* say what a block keeps:
+what enters it, what narrows it inside, the matmuls of a part of it, all matmuls, everything. Each level is built and
+simulated once for all blocks alike; from those timelines follow the bytes that a block at a level holds until its
+backward pass, and those at work there. Then, for one bound on the bytes after another, the levels of all blocks that
+cost the fewest FLOPs are chosen by dynamic programming over the blocks, and that plan goes to the scorer. The last
+blocks, whose backward pass comes first, may so be kept whole, where one price of memory for all would repeat them. It
+measures nothing of XLA.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,17 @@ def plan(search: Any) -> None:
         return
     table = _Table(search, layers)
     bounds = table.bounds(max(10, min(_BOUNDS, _BUILT // len(search.survey.graph.ops))))
-    for levels in dict.fromkeys(table.cheapest(bound) for bound in bounds):
-        if levels is not None:
-            search.score(layers.choice([table.kept[k] for k in levels]))
+    found = [levels for bound in bounds if (levels := table.cheapest(bound)) is not None]
+    for levels in dict.fromkeys([*found, *_last_alone(table)]):
+        search.score(layers.choice([table.kept[k] for k in levels]))
+
+
+def _last_alone(table: _Table) -> Iterator[tuple[int, ...]]:
+    """Yield the most frugal plans, but for the last block: its backward pass is first, where XLA's heap has holes."""
+    levels, blocks = table.flops.shape
+    for frugal in range(min(2, levels)):
+        for last in range(frugal + 1, levels):
+            yield (frugal,) * (blocks - 1) + (last,)
 
 
 def _layers(search: Any) -> Layers | None:
@@ -168,28 +177,23 @@ class _Table:
         work = np.zeros((len(self.kept), count))
         for place, block in owner.items():
             work[:, block] = np.maximum(work[:, block], usage[:, place])
-        self.held = self._held(head, work)
+        self.held = np.median(np.diff(work - work[:1], axis=1), axis=1)  # more than at the first level, for each block
         before = np.arange(count)
         self.work = work - self.held[:, None] * before  # in use at a block's backward pass, without earlier blocks
         self.head = (head - self.held * count).max()
-        self.all_work = work
+        self.each = np.maximum(work.max(axis=1), self.head + self.held * count)  # with all blocks alike
 
     def _owners(self, layers: Layers) -> dict[int, int]:
-        """Return the last block that is read in each segment of the backward pass; what it ends with counts as next's."""
+        """Return the last block that is read in each segment of the backward pass; what it ends with is the next's."""
         ends, found = self.kept[0], {}
         for op, place in layers.needs:
             if op.id not in ends:
                 found[place] = max(found.get(place, -1), int(layers.block_of[op.index]))
         return found
 
-    def _held(self, head: np.ndarray, work: np.ndarray) -> np.ndarray:
-        """Return the bytes that one block holds more than at the first level, for each level."""
-        more = work - work[:1]
-        return np.median(np.diff(more, axis=1), axis=1)
-
     def bounds(self, count: int) -> list[float]:
         """Return bounds on the bytes, from what all blocks take at some level to the least that can be."""
-        each = [float(x) for x in self.all_work.max(axis=1)]
+        each = [float(x) for x in self.each]
         low, high = 0.0, min(each)
         for _ in range(20):
             middle = (low + high) / 2
