@@ -31,20 +31,21 @@ _LEAST_BLOCKS = 3
 Level = frozenset[int]  # the operations of all blocks whose results are kept
 
 
-def plan(search: Any) -> None:
-    """Score plans made block by block; they join the search's `seen`.
+def plan(search: Any) -> bool:
+    """Score plans made block by block; they join the search's `seen`. Say whether the step has such blocks.
 
     Args:
-      search: has `survey`, `repeatable`, `always`, `plain`, `score(choice)` and `usage(rung)`.
+      search: has `survey`, `repeatable`, `always` and `score(choice)`, which returns a rung with its `usage`.
     """
     layers = _layers(search)
     if layers is None:
-        return
+        return False
     table = _Table(search, layers)
     bounds = table.bounds(max(10, min(_BOUNDS, _BUILT // len(search.survey.graph.ops))))
     found = [levels for bound in bounds if (levels := table.cheapest(bound)) is not None]
     for levels in dict.fromkeys([*found, *_last_alone(table)]):
         search.score(layers.choice([table.kept[k] for k in levels]))
+    return True
 
 
 def _last_alone(table: _Table) -> Iterator[tuple[int, ...]]:
@@ -169,7 +170,7 @@ class _Table:
         self.kept = layers.levels
         count = len(layers.blocks)
         choices = [layers.choice([level] * count) for level in self.kept]
-        usage = np.array([search.usage(search.score(choice)) for choice in choices])
+        usage = np.array([search.score(choice).usage for choice in choices])
         self.flops = np.array([layers.flops(choice) for choice in choices])
         owner = self._owners(layers)
         first = min(owner, default=layers.last_bin + 1)

@@ -1,9 +1,10 @@
 """The passes: one technique, one file. This list of the defaults is the only place that names concrete passes."""
 
 from memopt.passes.fuse_update import FuseUpdate as FuseUpdate
+from memopt.passes.kernels import Kernels as Kernels
 from memopt.passes.remat import Remat as Remat
 
-__all__ = ["FuseUpdate", "Remat", "default"]
+__all__ = ["FuseUpdate", "Kernels", "Remat", "default"]
 
 
 def default() -> list:
