@@ -2,7 +2,8 @@
 
 In: a search (graph, survey, operations that may be run again, scorer). Out: more plans, scored by the search itself.
 The blocks of the forward pass are found where its operations repeat (`_blocks`). A few *levels* say what a block keeps:
-what enters it, what narrows it inside, the matmuls of a part of it, all matmuls, everything. Each level is built and
+what enters it, what narrows it inside, the matmuls of a part of it that save much for their bytes (attention scores do
+not), those of all parts, all matmuls, everything. Each level is built and
 simulated once for all blocks alike; from those timelines follow the bytes that a block at a level holds until its
 backward pass, and those at work there. Then, for one bound on the bytes after another, the levels of all blocks that
 cost the fewest FLOPs are chosen by dynamic programming over the blocks, and that plan goes to the scorer. The last
@@ -25,6 +26,7 @@ from memopt._network import Choice
 
 _BOUNDS, _BUILT = 16, 60_000  # bounds tried at most, and operations of the step times bounds
 _SLACK = 1.005  # a bound may be passed by this much: what a block holds is known about so well
+_DENSE = 0.5  # of the median over the matmuls of the blocks
 _STATES = 300  # partial plans kept at each block
 _LEAST_BLOCKS = 3
 
@@ -107,11 +109,11 @@ class Layers:
         """What blocks may keep, from little to everything."""
         ends = self._crossing([block[-1] for block in self.blocks])
         necks = ends | self._crossing([cut for block in self.blocks for cut in block[1:-1]])
-        parts = [self._heavy(k, plain=True) for k in range(len(self.blocks[0]) - 1)]
-        found = [ends, necks, *(necks | part for part in parts), necks.union(*parts)]
-        every = necks.union(*(self._heavy(k, plain=False) for k in range(len(parts))))
+        parts = [self._matmuls(k, self._dense) for k in range(len(self.blocks[0]) - 1)]
+        every = necks.union(*(self._matmuls(k, 0.0) for k in range(len(parts))))
         whole = frozenset(op.id for op in self.top.ops[self.first : self.end])
-        return list(dict.fromkeys([*found, every, whole]))
+        found = [ends, necks, *(necks | part for part in parts), necks.union(*parts), every, whole]
+        return list(dict.fromkeys(found))
 
     def _crossing(self, cuts: Sequence[int]) -> Level:
         """Return the operations that make what crosses these positions and is read soon after."""
@@ -123,9 +125,15 @@ class Layers:
             if self.first < low and any(p in wanted for p in range(low, min(high, self.end) + 1))
         )
 
-    def _heavy(self, part: int, *, plain: bool) -> Level:
+    @functools.cached_property
+    def _dense(self) -> float:
+        """The FLOPs that a matmul has to save for each byte of its result, for blocks that do not keep all of them."""
+        ops = [op for op in self.top.ops[self.first : self.end] if _is_matmul(op)]
+        return _DENSE * float(np.median([_flops_a_byte(op) for op in ops])) if ops else 0.0
+
+    def _matmuls(self, part: int, least: float) -> Level:
         ranges = [self.top.ops[block[part] : block[part + 1]] for block in self.blocks]
-        return frozenset(op.id for ops in ranges for op in ops if _is_matmul(op) and not (plain and _is_batched(op)))
+        return frozenset(op.id for ops in ranges for op in ops if _is_matmul(op) and _flops_a_byte(op) >= least)
 
     def choice(self, kept: Sequence[Level]) -> Choice:
         """Return the plan in which each block keeps the results of these operations and repeats what else is read."""
@@ -230,5 +238,5 @@ def _is_matmul(op: g.Op) -> bool:
     return op.eqn.primitive.name in ("dot_general", "conv_general_dilated")
 
 
-def _is_batched(op: g.Op) -> bool:
-    return op.eqn.primitive.name == "dot_general" and bool(op.eqn.params["dimension_numbers"][1][0])
+def _flops_a_byte(op: g.Op) -> float:
+    return _cost.matmul_flops(op.eqn) / max(1, sum(_cost.aval_bytes(v.aval) for v in op.eqn.outvars))
