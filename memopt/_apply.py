@@ -71,7 +71,7 @@ class _Body:
         self.lifted: dict[Any, Any] = {}  # variable of a source region -> the variable that brings it into this body
         self.outs: list[Any] = []
         self.pending: list[tuple[int, g.Op, list[_Body]]] = []  # operations whose bodies are settled when all are built
-        self.latest: Any = None  # the variable made last by an original operation that XLA materialises
+        self.latest: Any = None  # the variable made last that XLA materialises and that later matmuls wait for
 
     @property
     def touched(self) -> bool:

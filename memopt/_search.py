@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from memopt import _apply, _cost, _segments, _settled, _timeline
+from memopt import _apply, _cost, _layers, _segments, _settled, _timeline
 from memopt import _compat as c
 from memopt._network import Choice, Network
 from memopt._refine import holding, refine
@@ -100,7 +100,7 @@ class Search:
         self.weights = (usage > _HOT * usage.max(initial=0)).astype(float)
         self.sweep()
         if refined:
-            self.seed(usage)
+            self.seed(usage, necks=not _layers.plan(self))
             self.tighten()
             self.prune()
             self.fill()
@@ -130,18 +130,19 @@ class Search:
     def _at(self, price: float, weights: np.ndarray) -> Rung:
         return self.score(self.network.solve(price * weights), price)
 
-    def seed(self, usage: np.ndarray) -> None:
+    def seed(self, usage: np.ndarray, *, necks: bool) -> None:
         """Try what people choose by hand: all matmuls kept, those without batch dimensions, named values, block inputs.
 
         Each is one cut in which repeating what is kept costs too much to be chosen, and one more with memory priced
         where that plan's peak is; so it is at least as good as the `jax.checkpoint` policy of that name. Block inputs
-        are where a step narrows to one value (`_segments.necks`): each of them, every second, every fourth.
+        are where a step narrows to one value (`_segments.necks`): each of them, every second, every fourth; steps that
+        are planned block by block need no such cuts.
         """
         ops = self.survey.graph.ops
-        necks = _segments.necks(self.survey.graph, int(usage.argmax()))[::-1]
+        found = _segments.necks(self.survey.graph, int(usage.argmax()))[::-1] if necks else []
         seeds = [{op.id for op in ops if kept(op)} for kept in (_is_matmul, _is_plain_matmul, _is_named)]
         price = _SWEEP[-1] * self.unit
-        for kept in dict.fromkeys(frozenset(s) for s in [*seeds, *(necks[::every] for every in (1, 2, 4))]):
+        for kept in dict.fromkeys(frozenset(s) for s in [*seeds, *(found[::every] for every in (1, 2, 4))]):
             if kept:
                 factors = np.array([_KEPT if op.id in kept else 1.0 for op in ops])
                 rung = self.score(self.network.solve(price * self.weights, factors))

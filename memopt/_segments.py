@@ -12,10 +12,12 @@ from collections.abc import Mapping, Set
 
 import numpy as np
 
-from memopt import _cost
+from memopt import _blocks, _cost
 from memopt import _graph as g
 
 MOST_SEGMENTS = 64  # a region, however long: more segments cost planning time and decide no better
+MOST_BLOCKS = 96  # parts of repeating blocks
+_COARSE = 8  # how much longer segments are behind the last matmul, where an unrolled step updates its state
 NEAR = 20  # uses of a repeated value at most 1/NEAR of a region's segments apart share one repeat
 ALONE = -1  # in a plan, in place of a segment: operations whose repeats no two segments share
 _SMALL = 200  # values this many times smaller than the largest do not widen a neck
@@ -45,9 +47,16 @@ def _boundaries(graph: g.Graph, region: g.Region) -> list[int]:
         return sorted(cuts) if total else []
     crossing = _crossing_bytes(graph, region)
     step = max(1, total // MOST_SEGMENTS)
+    stretches = _blocks.stretches(graph, region, MOST_BLOCKS)
+    inside = {pair for s in stretches for pair in zip(s.cuts, s.cuts[1:], strict=False)}
+    cuts.update(i for s in stretches for i in s.cuts)
+    last = _blocks.last_heavy(region) if stretches else total
+    cuts |= {last} - {total}
+    step = max([step, *(b - a for a, b in inside)])
     edges = [*sorted(cuts), total]
     for lo, hi in zip(edges, edges[1:], strict=False):
-        cuts.update(_necks(crossing, lo, hi, step))
+        if (lo, hi) not in inside:
+            cuts.update(_necks(crossing, lo, hi, step if hi <= last else _COARSE * step))
     return sorted(cuts)
 
 

@@ -25,7 +25,8 @@ class Settled:
       eqns: per operation its equation, None where each plan has to look at it: it has bodies, or reads what another
         region makes.
       makers: per operation the ids of the operations whose results it reads.
-      latest: per position the variable made last before it by an operation that XLA materialises, or None.
+      latest: per position the variable made last before it that XLA materialises and later matmuls wait for, or None:
+        a gradient that goes to its update alone would be held in memory by a barrier.
       runs: `(segment, first position, position after the last)`, in order.
       open: the positions at which `eqns` is None.
     """
@@ -37,6 +38,7 @@ class Settled:
     open: list[int]
 
 
+_FUSED = _fusion.ELEMENTWISE | _fusion.REDUCTIONS
 _TABLES: weakref.WeakKeyDictionary[g.Graph, tuple[list[Settled], dict[Any, int]]] = weakref.WeakKeyDictionary()
 
 
@@ -47,16 +49,26 @@ def tables(graph: g.Graph) -> tuple[list[Settled], dict[Any, int]]:
     """
     if graph not in _TABLES:
         bins = {var: op.bin for op in graph.ops for var in op.eqn.outvars}
-        _TABLES[graph] = [_table(graph, region) for region in graph.regions], bins
+        onward = _onward(graph)
+        _TABLES[graph] = [_table(graph, region, onward) for region in graph.regions], bins
     return _TABLES[graph]
 
 
-def _table(graph: g.Graph, region: g.Region) -> Settled:
+def _onward(graph: g.Graph) -> set[int]:
+    """Return the values that a matmul or a loop reads at last; a gradient of weights goes to its update alone."""
+    found = {v for region in graph.regions[1:] for v in region.outs if v is not None}
+    for op in reversed(graph.ops):
+        if op.eqn.primitive.name not in _FUSED or not found.isdisjoint(op.outputs):
+            found.update(v for v in op.inputs if v is not None)
+    return found
+
+
+def _table(graph: g.Graph, region: g.Region, onward: set[int]) -> Settled:
     eqns = [_settled(graph, region, op) for op in region.ops]
     makers = [frozenset(graph.values[v].op.id for v in op.inputs if _is_made(graph, v)) for op in region.ops]
     latest, runs = [None], []
     for position, op in enumerate(region.ops):
-        latest.append(_tied_to(op) or latest[-1])
+        latest.append(_tied_to(op, onward) or latest[-1])
         if not runs or runs[-1][0] != op.bin:
             runs.append((op.bin, position, position))
         runs[-1] = (op.bin, runs[-1][1], position + 1)
@@ -75,7 +87,8 @@ def _settled(graph: g.Graph, region: g.Region, op: g.Op) -> Any | None:
     return op.eqn if same else c.replace_eqn(op.eqn, invars=invars)
 
 
-def _tied_to(op: g.Op) -> Any | None:
+def _tied_to(op: g.Op, onward: set[int]) -> Any | None:
     if op.eqn.primitive.name in _fusion.ELEMENTWISE:
         return None
-    return next((v for v in op.eqn.outvars if c.guardable(v)), None)
+    made = zip(op.outputs, op.eqn.outvars, strict=True)
+    return next((v for o, v in made if o in onward and c.guardable(v)), None)
