@@ -1,8 +1,9 @@
 """The passes: one technique, one file. This list of the defaults is the only place that names concrete passes."""
 
 from memopt.passes.remat import Remat as Remat
+from memopt.passes.shard import Shard as Shard
 
-__all__ = ["Remat", "default"]
+__all__ = ["Remat", "Shard", "default"]
 
 
 def default() -> list:
