@@ -18,7 +18,8 @@ from memopt import _fusion, _local_rules
 Place = tuple[Any, int]  # a variable and one of its dimensions
 
 _MOVING = frozenset(
-    "reshape transpose squeeze expand_dims broadcast_in_dim slice pad rev concatenate iota dynamic_slice split tile".split()
+    "reshape transpose squeeze expand_dims broadcast_in_dim slice pad rev concatenate iota dynamic_slice split "
+    "tile".split()
 )
 ELEMENTWISE = (
     _fusion.ELEMENTWISE | frozenset("convert_element_type sharding_constraint copy copy_p add_any select_n".split())

@@ -7,15 +7,16 @@ activations and weights, and a row of the plan for each kind of leaf. XLA's own 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from jax.sharding import Mesh, NamedSharding
 
-from memopt._contract import Context, Left, Rewritten
+from memopt._contract import Context, Left, Repeat, Rewritten
 from memopt._local import Shardings, spec_of
 from memopt._plan import Decision
 from memopt._specs import spec_for
+from memopt._survey import Survey
 from memopt._target import Target
 from memopt.passes import _shard_apply, _shard_flow, _shard_places, _shard_roles, _shard_rules, _shard_tensor
 
@@ -27,8 +28,9 @@ class Shard:
     """Run a step that is written for one device on a mesh, each device with a part of its memory.
 
     Parameters and state per device fall to their total over the number of devices that split them. The cost is
-    communication: `"zero3"` brings each layer's weights together next to their uses (in the forward and again in the
-    backward pass, unless the planner finds keeping them cheaper) and scatters the sums of its gradients.
+    communication: `"zero3"` brings each layer's weights together next to their uses and scatters the sums of its
+    gradients. Bringing them together again for the backward pass, instead of keeping the copies, is an alternative of
+    the cut: the planner takes it as soon as the budget asks for it.
 
     Args:
       mesh: a `jax.sharding.Mesh`, from `jax.make_mesh`, or from `memopt.mesh` for a target that is not attached.
@@ -101,6 +103,12 @@ class Shard:
         outputs = tuple(None if spec is None else _shard_apply.named(mesh, spec) for spec in found.outputs)
         rows, left = tuple(_rows(flow, roles, rules, found)), tuple(_left(flow, roles, found, context))
         return Rewritten(closed, rows, left, shardings=Shardings(inputs, outputs))
+
+    def propose(self, survey: Survey) -> Iterator[Repeat]:
+        """Yield a `Repeat` for each constraint, so that weights may be gathered again for the backward pass."""
+        for op in survey.graph.ops:
+            if op.eqn.primitive.name == "sharding_constraint":
+                yield Repeat(op.id, survey.repeat_seconds[op.id])
 
     def _rules(self, flow: Any, roles: Any, context: Context) -> _shard_rules.Rules:
         layout = _shard_rules.layout(self.mesh, self._asked)
