@@ -9,7 +9,7 @@ export JAX_PLATFORMS ?= cpu
 BIN = $(VENV)/bin
 BASE = $(VENV)/installed-dev
 FULL = $(VENV)/installed-tpu
-BENCH = pareto fits accuracy planning_time sweep exactness random_programs
+BENCH = pareto fits accuracy planning_time sweep exactness random_programs fuse_update
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint bench clean

@@ -53,7 +53,7 @@ class _Body:
     def __init__(self, region: g.Region):
         self.region = region
         self.eqns: list[Any] = []
-        self.local: dict[int, Any] = {}  # value of a source region -> the variable that brings it into this body
+        self.local = dict(region.held)  # value of a source region -> the variable that brings it into this body
         self.clones: dict[int, tuple[int, Any]] = {}  # value -> first segment of its latest repeat, its variable
         self.decoded: dict[int, tuple[int, Any]] = {}  # value -> segment where it was read back last, its variable
         self.leaves: dict[int, list[Any]] = {}  # value of a source region -> what brings its leaves into this body

@@ -193,6 +193,11 @@ def stacked_aval(aval: Any, length: int) -> Any:
     return _core.unmapped_aval(length, 0, aval)
 
 
+def row_aval(aval: Any) -> Any:
+    """Return the abstract value of one item along a leading axis."""
+    return _core.mapped_aval(aval.shape[0], 0, aval)
+
+
 def dce(jaxpr: Any, used: Sequence[bool] | None = None) -> tuple[Any, list[bool]]:
     """Drop what no used output and no effect needs, inside loops and calls too; inputs are reported, not dropped."""
     base = open_jaxpr(jaxpr)

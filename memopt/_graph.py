@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from memopt import _carried
 from memopt import _compat as c
 
 INVAR, CONST_IN, CARRY_IN, XS_IN, MADE = "input", "loop constant", "loop carry", "loop slice", "made"
@@ -63,6 +64,7 @@ class Region:
     ops: list[Op] = dataclasses.field(default_factory=list)
     outs: list[int | None] = dataclasses.field(default_factory=list)
     sources: list[int] = dataclasses.field(default_factory=list)  # regions whose values this body may read by slice
+    held: dict[int, Any] = dataclasses.field(default_factory=dict)  # a source's value -> what holds it here already
     changed: bool = False  # equations were merged away by value numbering
     numbers: dict[Any, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     bins: range = range(0)
@@ -89,7 +91,7 @@ class Graph:
         self.values.append(Value(len(self.values), var, region, kind, op, operand))
         return len(self.values) - 1
 
-    def _region(self, closed, parent, op, trips, shared, roles=None) -> Region:
+    def _region(self, closed, parent, op, trips, shared, roles=None, held=None) -> Region:
         jaxpr = c.open_jaxpr(closed)
         region = Region(len(self.regions), closed, parent, op, trips)
         self.regions.append(region)
@@ -103,6 +105,10 @@ class Graph:
         tables = [region.numbers, *(self.regions[s].numbers for s in region.sources)]
         for eqn in jaxpr.eqns:
             self._op(region, eqn, tables)
+            for var in eqn.outvars if held else ():
+                if var in held:
+                    region.env[var] = held[var]
+                    region.held.setdefault(held[var], var)
         region.outs = [None if isinstance(v, c.Literal) else region.env[v] for v in jaxpr.outvars]
         return region
 
@@ -157,11 +163,14 @@ class Graph:
             if found is not None:
                 shared[i] = found[0]
                 makers.append(found[1])
+        held: dict[Any, int] = {}
         for maker in dict.fromkeys(makers):
             self._share_operands(op, maker, shared, num_consts, first_xs)
+            self._share_rows(op, maker, held)
             maker.feeds.append(op)
         op.mapped = frozenset(shared)
-        op.bodies.append(self._region(body, region.id, op, region.trips * op.eqn.params["length"], shared, roles))
+        trips = region.trips * op.eqn.params["length"]
+        op.bodies.append(self._region(body, region.id, op, trips, shared, roles, held))
 
     def _stacked(self, region: Region, op: Op, operand: int | None) -> tuple[int, Op] | None:
         """Return the body value that a scanned operand stacks, with the loop that made it, if it is such a stack."""
@@ -195,6 +204,25 @@ class Graph:
             inner = body.env[invars[table[v]]]
             if self.values[inner].region == body.id:
                 shared[i] = inner
+
+    def _share_rows(self, op: Op, maker: Op, held: dict[Any, int]) -> None:
+        """Let rows of carried stacks, as they were before the loop, be the maker's slices of the same arrays."""
+        num_consts, num_carry = c.scan_layout(op.eqn)
+        first_xs = num_consts + num_carry
+        counters = {i for i in range(first_xs, len(op.inputs)) if self._is_iota(op.inputs[i])}
+        first = sum(c.scan_layout(maker.eqn))
+        slices = {v: i for i, v in enumerate(maker.inputs) if v is not None and i >= first}
+        invars = c.open_jaxpr(maker.bodies[0].jaxpr).invars
+        for var, carry in _carried.old_rows(op.eqn, counters):
+            outer = op.inputs[num_consts + carry]
+            if outer in slices:
+                inner = maker.bodies[0].env[invars[slices[outer]]]
+                if self.values[inner].region == maker.bodies[0].id:
+                    held[var] = inner
+
+    def _is_iota(self, value: int | None) -> bool:
+        maker = None if value is None else self.values[value].op
+        return maker is not None and maker.eqn.primitive.name == "iota" and len(self.values[value].aval.shape) == 1
 
     def out_position(self, maker: Op, inner: int) -> int | None:
         """Return the position among a loop's outputs at which it already stacks this value of its body."""

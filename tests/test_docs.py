@@ -12,7 +12,7 @@ import memopt
 README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
 PUBLIC = [name for name in memopt.__all__ if not inspect.ismodule(getattr(memopt, name))]
 SHOWN = [*((name, getattr(memopt, name)) for name in PUBLIC), ("default", memopt.passes.default)]
-SHOWN += [("Remat", memopt.passes.Remat)]
+SHOWN += [(name, getattr(memopt.passes, name)) for name in memopt.passes.__all__ if name != "default"]
 
 
 @pytest.mark.parametrize(("name", "value"), SHOWN, ids=[name for name, _ in SHOWN])
