@@ -14,11 +14,12 @@ form feeds the backward pass alone, too: the forward result is that of the step 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _forms, _fusion, _segments
+from memopt import _forms, _segments, _settled
 from memopt import _graph as g
 from memopt._contract import Store
 
@@ -26,7 +27,7 @@ from memopt._contract import Store
 def apply(
     graph: g.Graph, repeats: Mapping[int, frozenset[int]], stores: Mapping[int, Store] | None = None
 ) -> tuple[Any, dict[Any, int]]:
-    """Return the rewritten closed jaxpr and the time segment of each of its variables.
+    """Return the rewritten closed jaxpr and the time segment of each variable that is new in it.
 
     Args:
       graph: the survey of the step.
@@ -34,7 +35,8 @@ def apply(
       stores: value -> the form that it is kept in; all others are kept as they are.
 
     Returns:
-      `(closed jaxpr, {variable: segment})`; variables of loop bodies are among them.
+      `(closed jaxpr, {variable: segment})`; variables of loop bodies are among them. The segments of the step's own
+      variables are the same in every plan (`_settled`).
 
     Raises:
       ValueError: a form has effects, or does not give back the shape and dtype of its value.
@@ -42,8 +44,7 @@ def apply(
     builder = _Builder(graph, repeats, stores or {})
     body = builder.region(graph.top)
     base = c.open_jaxpr(graph.closed)
-    jaxpr = c.rebuild(base, outvars=body.outs, eqns=body.eqns)
-    jaxpr, _ = c.dce(jaxpr)
+    jaxpr = c.without_dead(c.rebuild(base, outvars=body.outs, eqns=body.eqns))
     return c.close(jaxpr, c.jaxpr_consts(graph.closed)), builder.bin_of
 
 
@@ -77,14 +78,14 @@ class _Builder:
         self.leaves: dict[int, list[Any]] = {}  # stored value -> the leaves where it is made
         self.extra: dict[int, dict[Any, Any]] = {}  # loop -> {body variable: variable of its new stack}
         self.bin_of: dict[Any, int] = {}
+        self.settled, _ = _settled.tables(graph)
 
     def region(self, region: g.Region) -> _Body:
         body = _Body(region)
         for value in self.forms.of:
             if self.graph.values[value].op is None and self.graph.values[value].region == region.id:
                 self._encode(body, value)
-        for op in region.ops:
-            self._op(body, op)
+        self._ops(body)
         outvars = c.open_jaxpr(region.jaxpr).outvars
         body.outs = [v if o is None else self._out(body, o) for v, o in zip(outvars, region.outs, strict=True)]
         for position, op, inner in body.pending:
@@ -99,6 +100,27 @@ class _Builder:
             return self.graph.values[value].var
         return self._read(body, value, last, region.op)
 
+    def _ops(self, body: _Body) -> None:
+        """Add a region's operations in order: as they are, in one piece, where the plan changes nothing they read."""
+        table, ops = self.settled[body.region.id], body.region.ops
+        for place, first, last in table.runs:
+            if self.forms.of:
+                touched = range(first, last)
+            elif place in self.repeats:
+                planned = self.repeats[place]
+                touched = [
+                    i for i in range(first, last) if table.eqns[i] is None or not planned.isdisjoint(table.makers[i])
+                ]
+            else:
+                touched = table.open[bisect_left(table.open, first) : bisect_left(table.open, last)]
+            for i in touched:
+                body.eqns += table.eqns[first:i]
+                body.latest = table.latest[i]
+                self._op(body, ops[i])
+                first = i + 1
+            body.eqns += table.eqns[first:last]
+        body.latest = table.latest[-1]
+
     def _op(self, body: _Body, op: g.Op) -> None:
         eqn = op.eqn
         invars = [
@@ -110,10 +132,6 @@ class _Builder:
         elif any(a is not b for a, b in zip(invars, eqn.invars, strict=True)):
             eqn = c.replace_eqn(eqn, invars=invars)
         body.eqns.append(eqn)
-        for var in eqn.outvars:
-            self.bin_of[var] = op.bin
-        if eqn.primitive.name not in _fusion.ELEMENTWISE:
-            body.latest = next((v for v in eqn.outvars if c.guardable(v)), body.latest)
         for value in op.outputs:
             if value in self.forms.of:
                 self._encode(body, value)

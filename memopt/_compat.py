@@ -205,6 +205,33 @@ def dce(jaxpr: Any, used: Sequence[bool] | None = None) -> tuple[Any, list[bool]
     return _pe.dce_jaxpr(base, used, instantiate=True)
 
 
+def without_dead(jaxpr: Any) -> Any:
+    """Return an open jaxpr without what no output and no effect needs, as `dce` does; quick where little is dead.
+
+    Equations without bodies and effects are settled here, the others are handed to JAX one at a time.
+    """
+    base = open_jaxpr(jaxpr)
+    rules, live, eqns = _pe.dce_rules, {v for v in base.outvars if type(v) is Var}, []
+    for eqn in reversed(base.eqns):
+        outvars = eqn.outvars
+        if eqn.effects or eqn.primitive in rules:
+            eqn = _without_dead_results(base, eqn, [v in live for v in outvars])
+        elif not (outvars[0] in live if len(outvars) == 1 else any(v in live for v in outvars)):
+            continue
+        if eqn is not None:
+            eqns.append(eqn)
+            live.update([v for v in eqn.invars if type(v) is Var])
+    eqns.reverse()
+    return rebuild(base, eqns=eqns)
+
+
+def _without_dead_results(base: Any, eqn: JaxprEqn, used: list[bool]) -> JaxprEqn | None:
+    """Return what JAX leaves of one equation of a jaxpr when these of its results are used; None for nothing."""
+    invars = list(dict.fromkeys(v for v in eqn.invars if type(v) is Var))
+    alone, _ = dce(Jaxpr([], invars, eqn.outvars, [eqn], eqn.effects, base.debug_info.with_unknown_names()), used)
+    return open_jaxpr(alone).eqns[0] if open_jaxpr(alone).eqns else None
+
+
 def check(closed: Any) -> None:
     """Raise `TypeError` when a jaxpr is not well formed (used in tests and under `jax.enable_checks`)."""
     _core.check_jaxpr(open_jaxpr(closed))

@@ -66,7 +66,8 @@ _flops_cache: "weakref.WeakKeyDictionary[core.Jaxpr, float]" = weakref.WeakKeyDi
 def _jaxpr_flops(jaxpr: core.Jaxpr) -> float:
     known = _flops_cache.get(jaxpr)
     if known is None:
-        known = _flops_cache[jaxpr] = sum(map(_eqn_flops, jaxpr.eqns), 0.0)
+        counted = (_eqn_flops(eqn) for eqn in jaxpr.eqns if eqn.primitive.name not in _LEAVES)
+        known = _flops_cache[jaxpr] = sum(counted, 0.0)
     return known
 
 
@@ -367,6 +368,9 @@ _ELEMENTWISE: dict[str, tuple[float, float]] = {
     ),
     **dict.fromkeys(_names("lgamma digamma bessel_i0e bessel_i1e igamma igammac polygamma zeta"), (0.0, 10.0)),
 }
+
+# Primitives that hold no jaxpr and no matmul: most equations of a step.
+_LEAVES = frozenset(_ELEMENTWISE) | {"broadcast_in_dim", "reshape", "transpose", "reduce_sum", "reduce_max", "squeeze"}
 
 _RULES: dict[str, Callable[[core.JaxprEqn, DeviceSpec], float]] = {
     "dot_general": _matmul_seconds,

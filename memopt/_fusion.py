@@ -126,6 +126,7 @@ class Fusion:
         self.all_out: list[bool] = [False] * len(graph.avals)
         self.end = len(graph.ops)
         self.outputs = {v for v in graph.outputs if v >= 0}
+        self.convolves = any(op.name == "conv_general_dilated" for op in graph.ops)
         self._find_bases()
         self._decide()
         self._schedule()
@@ -137,7 +138,7 @@ class Fusion:
     # What each element-wise value is computed from.
 
     def _find_bases(self) -> None:
-        graph, base = self.graph, self.base
+        graph, base, ready, forced = self.graph, self.base, self.ready, self.graph.forced
         for value, maker in enumerate(graph.maker):
             if maker == -2:
                 base[value] = FREE
@@ -148,32 +149,38 @@ class Fusion:
                 continue
             when = index
             if op.name in ELEMENTWISE:
-                self._base_of(op, index)
-                when = max((self.ready[v] for v in op.ins if v >= 0), default=-1)
-                if not graph.forced.isdisjoint(op.ins):  # it may stand behind the barrier
-                    when = index
+                self._base_of(op)
+                if not forced or forced.isdisjoint(op.ins):  # else it may stand behind the barrier
+                    when = -1
+                    for v in op.ins:
+                        if v >= 0 and ready[v] > when:
+                            when = ready[v]
             elif self._is_one_hot(op):
                 base[op.outs[0]] = FREE
             for value in op.outs:
-                self.ready[value] = when
+                ready[value] = when
 
-    def _base_of(self, op: tg.Op, index: int) -> None:
-        graph, base = self.graph, self.base
-        size = graph.bytes[op.outs[0]]
-        found = {base[v] for v in op.ins if v >= 0 and base[v] >= 0 and graph.bytes[base[v]] * 16 > size}
-        if self._ends_softmax(op):
+    def _base_of(self, op: tg.Op) -> None:
+        sizes, base, outs = self.graph.bytes, self.base, op.outs
+        size = sizes[outs[0]]
+        found: list[int] = []
+        for v in op.ins:
+            source = base[v] if v >= 0 else FREE
+            if source >= 0 and sizes[source] * 16 > size and source not in found:
+                found.append(source)
+        if op.name == "sub" and self._ends_softmax(op):
             return
-        for out in op.outs:
+        for out in outs:
             if not found:
                 base[out] = FREE
-            elif len(found) == 1 and graph.bytes[next(iter(found))] <= size:
-                base[out] = next(iter(found))
+            elif len(found) == 1 and sizes[found[0]] <= size:
+                base[out] = found[0]
             else:
                 self.mix[out] = tuple(sorted({source for v in found for source in self.mix.get(v, (v,))}))
 
     def _ends_softmax(self, op: tg.Op) -> bool:
         """Whether this is `x - max(x)` behind a matmul, which the TPU backend computes in the matmul's kernel."""
-        if op.name != "sub" or not self.rules.softmax_row or -1 in op.ins:
+        if not self.rules.softmax_row or -1 in op.ins:
             return False
         graph, (x, top) = self.graph, op.ins
         row = graph.avals[x].shape[-1] if getattr(graph.avals[x], "shape", ()) else 0
@@ -199,7 +206,7 @@ class Fusion:
     # Who is stored, from the last operation to the first.
 
     def _decide(self) -> None:
-        graph = self.graph
+        graph, base, late, last, stored = self.graph, self.base, self.late, self.last, self.stored
         for index in range(self.end - 1, -1, -1):
             op = graph.ops[index]
             if not op.live:
@@ -208,43 +215,49 @@ class Fusion:
             for value in op.outs:
                 self._gather(value)
                 if self._needs_buffer(op, index, value):
-                    self.stored.add(value)
-                    if self._is_laid_out_for_convolution(value):
+                    stored.add(value)
+                    if self.convolves and self._is_laid_out_for_convolution(value):
                         graph.bytes[value] = max(graph.bytes[value], _image_bytes(graph.avals[value]))
                 elif value in self.written:
-                    self.stored.add(value)
+                    stored.add(value)
                     self.direct.add(value)
-                if op.name in ELEMENTWISE and (value not in self.stored or value in self.copies):
-                    when = max(when, self.last[value])
+                if op.name in ELEMENTWISE and (value not in stored or value in self.copies):
+                    when = max(when, last[value])
                     for source in self.mix.get(value, ()):
-                        self.late[source] = max(self.late[source], self.late[value])
+                        late[source] = max(late[source], late[value])
             when = max(when, self.runs.get(index, -1))
             for value in op.ins:
-                if value >= 0 and self.base[value] >= 0:
-                    self.late[self.base[value]] = max(self.late[self.base[value]], when)
+                if value >= 0:
+                    source = base[value]
+                    if source >= 0 and late[source] < when:
+                        late[source] = when
 
     def _gather(self, value: int) -> None:
         """Collect the roots that read `value`, through the operations that are fused into them."""
-        graph = self.graph
+        ops, stored, copies, ready, runs = self.graph.ops, self.stored, self.copies, self.ready, self.runs
         found: list[int] = []
         last, need, all_out = -1, -1, True
-        for reader in graph.uses[value]:
-            op = graph.ops[reader]
+        for reader in self.graph.uses[value]:
+            op = ops[reader]
+            outs = op.outs
             through = op.name in ELEMENTWISE
-            fused = [v for v in op.outs if v not in self.stored or v in self.copies] if through else []
-            if any(v in self.stored for v in op.outs) or not through:
+            if not through or not stored.isdisjoint(outs):
                 found.append(reader)
-                last = max(last, self.runs.get(reader, reader))
-                need = max([need, self.runs.get(reader, -1), *(self.ready[v] for v in op.outs)])
-                all_out &= all(v in self.outputs for v in op.outs)
-            for v in fused:
-                found += self.roots[v]
-                last, need = max(last, self.last[v]), max(need, self.need[v])
-                all_out &= self.all_out[v]
+                late = runs.get(reader, -1)
+                last, need = max(last, reader if late < 0 else late), max(need, late)
+                for v in outs:
+                    if ready[v] > need:
+                        need = ready[v]
+                    all_out = all_out and v in self.outputs
+            if through:
+                for v in outs:
+                    if v not in stored or v in copies:
+                        found += self.roots[v]
+                        last, need = max(last, self.last[v]), max(need, self.need[v])
+                        all_out = all_out and self.all_out[v]
         if value in self.outputs and value not in self.written:
             last = self.end
-        distinct = sorted(set(found))
-        self.roots[value] = tuple(distinct[:3])
+        self.roots[value] = tuple(found if len(found) < 2 else sorted(set(found))[:3])
         self.last[value], self.need[value], self.all_out[value] = last, need, all_out and bool(found)
 
     def _needs_buffer(self, op: tg.Op, index: int, value: int) -> bool:
@@ -266,7 +279,7 @@ class Fusion:
 
     def _is_repeated(self, value: int) -> bool:
         """Whether every root computes `value` itself, from what is in memory as long anyway."""
-        if self._is_laid_out_for_convolution(value):
+        if self.convolves and self._is_laid_out_for_convolution(value):
             return False
         if self.base[value] != value:
             return not self._is_dear(value)
@@ -319,7 +332,12 @@ class Fusion:
 
     def _read_whole(self, value: int) -> bool:
         """Whether an operation that is no fusion reads this very value."""
-        return any(self._is_opaque(self.graph.ops[r], value) for r in self.graph.uses[value])
+        ops = self.graph.ops
+        for reader in self.graph.uses[value]:
+            op = ops[reader]
+            if op.name not in ELEMENTWISE and self._is_opaque(op, value):
+                return True
+        return False
 
     def _is_opaque(self, op: tg.Op, value: int) -> bool:
         if op.name in ELEMENTWISE or op.name in REDUCTIONS:
@@ -372,12 +390,11 @@ class Fusion:
 
     def _schedule(self) -> None:
         """Place fused outputs where their last operand is there: XLA's scheduler runs an update with its gradient."""
-        for index, op in enumerate(self.graph.ops):
-            for value in op.outs:
-                if value in self.stored:
-                    moved = value in self.outputs or index in self.absorbed
-                    moved = moved or self._made_by_matmul(value)
-                    self.made[value] = max(self.ready[value], 0) if moved else index
+        maker = self.graph.maker
+        for value in sorted(self.stored):
+            index = maker[value]
+            moved = value in self.outputs or index in self.absorbed or self._made_by_matmul(value)
+            self.made[value] = max(self.ready[value], 0) if moved else index
 
     def _made_by_matmul(self, value: int) -> bool:
         """Whether a matmul's kernel writes this element-wise function of its result beside the result."""

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from memopt import _apply, _cost, _segments, _timeline
+from memopt import _apply, _cost, _segments, _settled, _timeline
 from memopt import _compat as c
 from memopt._network import Choice, Network
 from memopt._refine import holding, refine
 from memopt._step import Step
+from memopt._usage import usage_of
 
 _HOT = 0.5  # segments that hold less than this share of the peak's temporaries cannot bind
 _SWEEP = tuple(np.geomspace(5e-4, 2.0, 9))  # prices tried, in units of the step's seconds per byte of its temporaries
@@ -47,6 +48,7 @@ class Rung:
       choice: what is run again where, and what is kept in another form.
       step: what it is a plan of.
       price: the price of memory, in seconds per byte, at which the cut chose it; None for the step as written.
+      usage: the largest predicted bytes of temporaries in each time segment; None for the step as written.
     """
 
     closed: Any
@@ -54,10 +56,9 @@ class Rung:
     seconds: float
     recompute_flops: float
     choice: Choice
-    timeline: Any
     step: Step
     price: float | None = None
-    bins: dict[Any, int] = dataclasses.field(default_factory=dict, repr=False)
+    usage: np.ndarray | None = dataclasses.field(default=None, repr=False)
 
     def jaxpr(self) -> Any:
         """Return the rewritten closed jaxpr."""
@@ -66,7 +67,7 @@ class Rung:
 
 def plain_rung(step: Step, donated: Sequence[bool]) -> Rung:
     timeline = _timeline.simulate(step.closed, donated=donated, target=step.target, local=step.local)
-    return Rung(step.closed, timeline.peak_bytes, 0.0, 0.0, Choice({}), timeline, step)
+    return Rung(step.closed, timeline.peak_bytes, 0.0, 0.0, Choice({}), step)
 
 
 class Search:
@@ -81,6 +82,7 @@ class Search:
         self.donated = donated
         self.plain = plain
         self.seen: dict[Any, Rung] = {}
+        self.cache: dict | None = {} if step.local is None else None  # what the timelines of its plans share
         self.undone_seconds = 0.0
         kept = self.score(Choice({}))
         self.undone_seconds = step.baseline_seconds - step.seconds(kept.closed)
@@ -88,7 +90,7 @@ class Search:
 
     def run(self, *, refined: bool = True) -> list[Rung]:
         """Return all plans that were found; without `refined` those of the sweep alone."""
-        usage = self.usage(self.score(Choice({})))
+        usage = self.score(Choice({})).usage
         self.network = Network(
             self.survey, self.repeatable, usage > _HOT * usage.max(initial=0), self.step.always, self.step.stores
         )
@@ -153,7 +155,7 @@ class Search:
             self._at(rung.price, self._tight(rung))
 
     def _tight(self, rung: Rung) -> np.ndarray:
-        usage = self.usage(rung)
+        usage = rung.usage
         weights = self.weights * (usage / usage.max(initial=1)) ** _STEEP
         return weights * self.weights.sum() / max(weights.sum(), 1e-9)
 
@@ -223,10 +225,14 @@ class Search:
         if key not in self.seen:
             closed, bins = _apply.apply(self.survey.graph, choice.repeats, choice.stores)
             local = self.step.local
-            timeline = _timeline.simulate(closed, donated=self.donated, target=self.survey.target, local=local)
+            timeline = _timeline.simulate(
+                closed, donated=self.donated, target=self.survey.target, cache=self.cache, local=local
+            )
             flops = _cost.matmul_flops(closed) - self.step.baseline_flops
             seconds = self._seconds(choice) - self.undone_seconds
-            self.seen[key] = Rung(closed, timeline.peak_bytes, seconds, flops, choice, timeline, self.step, price, bins)
+            own = _settled.tables(self.survey.graph)[1]
+            usage = usage_of(c.open_jaxpr(closed), timeline, own, bins, self.survey.bins)
+            self.seen[key] = Rung(closed, timeline.peak_bytes, seconds, flops, choice, self.step, price, usage)
         return self.seen[key]
 
     def _seconds(self, choice: Choice) -> float:
@@ -235,12 +241,6 @@ class Search:
         repeated = sum(self.repeatable[op] * regions[first].trips for op, first in runs)
         encoded = sum(s.seconds * graph.regions[graph.values[v].region].trips for v, s in choice.stores.items())
         return repeated + encoded
-
-    def usage(self, rung: Rung) -> np.ndarray:
-        """Return the largest predicted bytes of temporaries in each time segment."""
-        usage = np.zeros(self.survey.bins)
-        _spread(c.open_jaxpr(rung.closed), rung.timeline, 0, rung.bins, usage)
-        return usage
 
 
 def _bytes_between(above: Rung, below: Rung) -> int:
@@ -287,28 +287,6 @@ def _is_plain_matmul(op: Any) -> bool:
 
 def _is_named(op: Any) -> bool:
     return op.eqn.primitive.name == "name"
-
-
-def _spread(jaxpr: Any, timeline: Any, outside: float, bins: dict, usage: np.ndarray) -> None:
-    for i, eqn in enumerate(jaxpr.eqns):
-        _note(eqn, outside + timeline.usage[i], bins, usage)
-        if eqn.primitive.name == "shard_map":
-            for inside, used, bodies in timeline.within(i):
-                _note(inside, outside + used, bins, usage)
-                for inner in bodies:
-                    _enter(inner, outside + used, bins, usage)
-        elif i in timeline.inner:
-            _enter(timeline.inner[i], outside + timeline.usage[i], bins, usage)
-
-
-def _note(eqn: Any, used: float, bins: dict, usage: np.ndarray) -> None:
-    place = next((bins[v] for v in eqn.outvars if v in bins), None)
-    if place is not None:
-        usage[place] = max(usage[place], used)
-
-
-def _enter(inner: Any, used: float, bins: dict, usage: np.ndarray) -> None:
-    _spread(inner.body, inner, used - max(inner.usage.max(initial=0), 0), bins, usage)
 
 
 def hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:

@@ -103,11 +103,10 @@ def simulate(
     jaxpr = getattr(closed_jaxpr, "jaxpr", closed_jaxpr)
     flags = list(donated) + [False] * (len(jaxpr.invars) - len(donated))
     kind = _kind(target)
-    run = Run(jaxpr, platform, {} if cache is None else cache, rules_for(platform, kind))
-    alias_bytes, aliased = _aliases(jaxpr, flags, platform)
+    cache = {} if cache is None else cache
+    run = Run(jaxpr, platform, cache, rules_for(platform, kind))
+    argument_bytes, output_bytes, alias_bytes, aliased = _interface(jaxpr, flags, platform, cache)
     run.lay_out(aliased)
-    argument_bytes = sum(tg.buffer_bytes(v.aval, platform) for v in jaxpr.invars)
-    output_bytes = sum(tg.buffer_bytes(v.aval, platform) for v in jaxpr.outvars)
     temp_bytes = _reported_bytes(run, platform, FAST_MEMORY_BYTES.get(kind, 0) if platform == "tpu" else 0)
     inner = {i: _inner_timeline(r) for i, r in run.inner.items()}
     return Timeline(
@@ -150,6 +149,16 @@ def _inner_timeline(run: Run) -> Timeline:
     inner = {i: _inner_timeline(r) for i, r in run.inner.items()}
     peak = int(run.usage.argmax()) if run.usage.size else 0
     return Timeline(0, 0, 0, temp, temp, run.usage, inner, peak, run, run.jaxpr)
+
+
+def _interface(jaxpr: Any, flags: Sequence[bool], platform: str, cache: dict) -> tuple[int, int, int, tuple]:
+    """Return the bytes of arguments, of outputs and of outputs in a donated buffer, and which outputs those are."""
+    avals = [v.aval for v in jaxpr.invars], [v.aval for v in jaxpr.outvars]
+    key = ("interface", platform, tuple(flags), *(tuple(map(id, side)) for side in avals))
+    if key not in cache:
+        sizes = (sum(tg.buffer_bytes(aval, platform) for aval in side) for side in avals)
+        cache[key] = (*sizes, *_aliases(jaxpr, flags, platform)), avals  # which keeps the ids their own
+    return cache[key][0]
 
 
 def _aliases(jaxpr: Any, flags: Sequence[bool], platform: str) -> tuple[int, tuple[bool, ...]]:

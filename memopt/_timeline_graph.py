@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from jax.extend import core
 
 from memopt import _cost
+
+_FLOAT32 = np.dtype(np.float32)
+_Literal = core.Literal  # looked up once: it is asked of every operand of every plan
 
 #: Calls that XLA inlines: their equations run among the caller's own.
 INLINED = frozenset(
@@ -27,6 +32,20 @@ ALIASES = frozenset(
 )
 
 
+@dataclasses.dataclass(slots=True, eq=False)
+class Fact:
+    """What is known of an equation by itself, whatever it reads; `call` is the body that is dissolved, or None."""
+
+    eqn: Any
+    primitive: Any
+    aval: Any  # of its first result
+    name: str
+    call: Any
+    renames: bool
+    bodies: tuple[Any, ...]
+    results: tuple[tuple[Any, int, bool], ...]  # aval, bytes, whether it is float32
+
+
 @dataclasses.dataclass(slots=True)
 class Op:
     """One operation: its equation, the equation of the jaxpr that holds it, and the values it reads and makes."""
@@ -37,14 +56,15 @@ class Op:
     path: str
     ins: list[int]
     outs: list[int]
+    bodies: tuple[Any, ...] = ()
     live: bool = False
 
 
 class Graph:
     """Operations over numbered values; see `flatten`. A value's maker is -1 for inputs and -2 for constants."""
 
-    def __init__(self, platform: str):
-        self.platform = platform
+    def __init__(self, platform: str, facts: dict[int, Fact]):
+        self.platform, self.facts = platform, facts
         self.ops: list[Op] = []
         self.avals: list[Any] = []
         self.bytes: list[int] = []
@@ -55,6 +75,7 @@ class Graph:
         self.forced: set[int] = set()
         self.number: dict[Any, int] = {}
         self.padding: dict[int, float] = {}  # bytes in memory over bytes, where a kernel asks for a layout
+        self.wide: list[int] = []  # float32 values that operations make
 
     def new(self, aval: Any, maker: int) -> int:
         """Add a value and return its number."""
@@ -87,15 +108,20 @@ def bodies(eqn: Any) -> list[Any]:
     return found
 
 
-def flatten(jaxpr: Any, platform: str) -> Graph:
-    """Build the graph of `jaxpr`, dissolving the calls that XLA inlines and marking what is live."""
-    graph = Graph(platform)
+def flatten(jaxpr: Any, platform: str, facts: dict[int, Fact] | None = None) -> Graph:
+    """Build the graph of `jaxpr`, dissolving the calls that XLA inlines and marking what is live.
+
+    Args:
+      jaxpr: an open jaxpr.
+      platform: `"tpu"`, `"cpu"` or `"gpu"`.
+      facts: what is known of single equations on this platform; kept by a caller who has many jaxprs that share them.
+    """
+    graph = Graph(platform, {} if facts is None else facts)
     env: dict[Any, int] = {}
     for var in [*jaxpr.constvars, *jaxpr.invars]:
         env[var] = graph.new(var.aval, -1)
         graph.inputs.append(env[var])
-    for index, eqn in enumerate(jaxpr.eqns):
-        _add(graph, eqn, env, index, "")
+    _add(graph, jaxpr.eqns, env, "")
     graph.outputs = [_read(env, v) for v in jaxpr.outvars]
     graph.number = env
     _mark_live(graph)
@@ -105,39 +131,64 @@ def flatten(jaxpr: Any, platform: str) -> Graph:
 def _mark_live(graph: Graph) -> None:
     """Find what XLA's dead-code elimination leaves, and note each value's readers among it."""
     wanted = set(graph.outputs)
-    for index in range(len(graph.ops) - 1, -1, -1):
-        op = graph.ops[index]
-        op.live = bool(op.eqn.effects) or any(v in wanted for v in op.outs)
-        if op.live:
+    for op in reversed(graph.ops):
+        outs = op.outs
+        if (outs[0] in wanted if len(outs) == 1 else not wanted.isdisjoint(outs)) or op.eqn.effects:
+            op.live = True
             wanted.update(op.ins)
-            for value in set(op.ins):
+    uses = graph.uses
+    for index, op in enumerate(graph.ops):
+        if op.live:
+            ins = op.ins
+            for value in ins if len(ins) == 1 else set(ins):
                 if value >= 0:
-                    graph.uses[value].append(index)
-    for readers in graph.uses:
-        readers.reverse()
+                    uses[value].append(index)
 
 
 def _read(env: dict[Any, int], atom: Any) -> int:
     return -1 if isinstance(atom, core.Literal) else env[atom]
 
 
-def _add(graph: Graph, eqn: Any, env: dict[Any, int], top: int, path: str) -> None:
-    name = eqn.primitive.name
-    ins = [-1 if isinstance(a, core.Literal) else env[a] for a in eqn.invars]
-    if name in INLINED:
-        inner = bodies(eqn)
-        if inner and len(inner[0].outvars) == len(eqn.outvars):
-            _inline(graph, eqn, inner[0], env, ins, top, path)
-            return
-    if (name in ALIASES or _only_renames(eqn)) and _alias(graph, eqn, env, ins, name):
-        return
-    op = Op(name, eqn, top, path, ins, [])
-    graph.ops.append(op)
-    for var in eqn.outvars:
-        env[var] = graph.new(var.aval, len(graph.ops) - 1)
-        op.outs.append(env[var])
-    if graph.platform == "tpu":
-        _lay_out(graph, op)
+def _fact(graph: Graph, eqn: Any) -> Fact:
+    """Look at an equation, once for all that have its parameters and differ in their variables alone."""
+    name, inside = eqn.primitive.name, tuple(bodies(eqn))
+    call = inside[0] if name in INLINED and inside and len(inside[0].outvars) == len(eqn.outvars) else None
+    avals = [v.aval for v in eqn.outvars]
+    results = tuple((a, buffer_bytes(a, graph.platform), getattr(a, "dtype", "") == _FLOAT32) for a in avals)
+    renames = name in ALIASES or _only_renames(eqn)
+    new = Fact(eqn, eqn.primitive, avals[0] if avals else None, name, call, renames, inside, results)
+    if len(results) == 1 and not inside:
+        graph.facts[id(eqn.params)] = new  # it keeps the parameters, so their id stays their own
+    return new
+
+
+def _add(graph: Graph, eqns: Sequence[Any], env: dict[Any, int], path: str, top: int | None = None) -> None:
+    """Add equations in order; those of a dissolved call have its equation, `top`, and its path."""
+    facts, ops, avals, sizes, maker, uses = graph.facts, graph.ops, graph.avals, graph.bytes, graph.maker, graph.uses
+    for index, eqn in enumerate(eqns):
+        place, results = index if top is None else top, eqn.outvars
+        fact = facts.get(id(eqn.params))
+        if fact is None or fact.primitive is not eqn.primitive or fact.aval is not results[0].aval:
+            fact = _fact(graph, eqn)
+        ins = [-1 if type(a) is _Literal else env[a] for a in eqn.invars]
+        if fact.call is not None:
+            _inline(graph, eqn, fact.call, env, ins, place, path)
+            continue
+        if fact.renames and _alias(graph, eqn, fact, env, ins):
+            continue
+        number, outs = len(ops), []
+        for var, (aval, size, wide) in zip(results, fact.results, strict=True):
+            env[var] = value = len(avals)
+            outs.append(value)
+            avals.append(aval)
+            sizes.append(size)
+            maker.append(number)
+            uses.append([])
+            if wide:
+                graph.wide.append(value)
+        ops.append(Op(fact.name, eqn, place, path, ins, outs, fact.bodies))
+        if graph.platform == "tpu" and (graph.padding or fact.name == "dot_general"):
+            _lay_out(graph, ops[number])
 
 
 def _lay_out(graph: Graph, op: Op) -> None:
@@ -174,15 +225,15 @@ def _only_renames(eqn: Any) -> bool:
     return False
 
 
-def _alias(graph: Graph, eqn: Any, env: dict[Any, int], ins: list[int], name: str) -> bool:
-    if len(ins) < len(eqn.outvars) or any(v < 0 for v in ins[: len(eqn.outvars)]):
+def _alias(graph: Graph, eqn: Any, fact: Fact, env: dict[Any, int], ins: list[int]) -> bool:
+    if len(ins) < len(fact.results) or any(v < 0 for v in ins[: len(fact.results)]):
         return False
-    for value, var in zip(ins, eqn.outvars, strict=False):
+    for value, var, (_, size, _) in zip(ins, eqn.outvars, fact.results, strict=False):
         env[var] = value
-        if name == "optimization_barrier":
+        if fact.name == "optimization_barrier":
             graph.forced.add(value)
-        elif name != "random_wrap" and name != "random_unwrap":
-            graph.bytes[value] = _view_bytes(graph, value, buffer_bytes(var.aval, graph.platform))
+        elif fact.name != "random_wrap" and fact.name != "random_unwrap":
+            graph.bytes[value] = _view_bytes(graph, value, size)
     return True
 
 
@@ -212,8 +263,7 @@ def _inline(graph: Graph, eqn: Any, body: Any, env: dict, ins: list[int], top: i
         inner[var] = graph.new(var.aval, -2)
     graph.forced.update(_behind_barrier(eqn, ins))
     stack = "/".join(p for p in (path, str(eqn.source_info.name_stack)) if p)
-    for sub in body.eqns:
-        _add(graph, sub, inner, top, stack)
+    _add(graph, body.eqns, inner, stack, top)
     for var, atom in zip(eqn.outvars, body.outvars, strict=True):
         value = _read(inner, atom)
         env[var] = value if value >= 0 else graph.new(var.aval, -2)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,11 +36,7 @@ def live_bytes(buffers: Sequence[Buffer], length: int, *, first: bool = False) -
     for b in buffers:
         change[b.start] += b.bytes
         change[min(b.first_end if first else b.end, length) + 1] -= b.bytes
-    total, found = 0, []
-    for step in change[: length + 1]:
-        total += step
-        found.append(total)
-    return found
+    return list(itertools.accumulate(change[: length + 1]))
 
 
 def without_fast_memory(buffers: Sequence[Buffer], length: int, capacity: int, patience: int = 200) -> list[Buffer]:
@@ -52,12 +49,12 @@ def without_fast_memory(buffers: Sequence[Buffer], length: int, capacity: int, p
     used = np.zeros(length + 2, np.int64)
     kept = []
     for b in sorted(buffers, key=lambda b: (b.end - b.start, -b.bytes)):
-        window = used[b.start : b.end + 1]
-        small = 2 * b.bytes <= capacity * 1.2 and window.max(initial=0) + b.bytes <= capacity
-        if b.end - b.start <= patience and small:
-            window += b.bytes
-        else:
-            kept.append(b)
+        if b.end - b.start <= patience and 2 * b.bytes <= capacity * 1.2:
+            window = used[b.start : b.end + 1]
+            if window.max(initial=0) + b.bytes <= capacity:
+                window += b.bytes
+                continue
+        kept.append(b)
     return kept
 
 
@@ -77,25 +74,60 @@ def heap_bytes(buffers: Sequence[Buffer], share: float = 1 / 4096) -> int:
 
 def _place(buffers: Sequence[Buffer]) -> int:
     """Place buffers in order of their start, each in the smallest hole below another live one that holds it."""
-    placed: list[tuple[int, int]] = []  # (low, high), sorted
+    heap = _Heap()
     ends: list[tuple[int, int, int]] = []
-    top = 0
     for b in buffers:
         while ends and ends[0][0] < b.start:
             _, low, high = heapq.heappop(ends)
-            del placed[bisect.bisect_left(placed, (low, high))]
-        at = _hole(placed, b.bytes)
-        bisect.insort(placed, (at, at + b.bytes))
+            heap.free(low, high)
+        at = heap.take(b.bytes)
         heapq.heappush(ends, (b.end, at, at + b.bytes))
-        top = max(top, at + b.bytes)
-    return top
+    return heap.most
 
 
-def _hole(placed: Sequence[tuple[int, int]], size: int) -> int:
-    best, at, edge = None, 0, 0
-    for low, high in placed:
-        room = low - edge
-        if room >= size and (best is None or room < best):
-            best, at = room, edge
-        edge = max(edge, high)
-    return edge if best is None else at
+class _Heap:
+    """The holes between live buffers, found by size (the lowest of equal ones first) and by address."""
+
+    def __init__(self) -> None:
+        self.holes: list[tuple[int, int]] = []  # (size, low), sorted
+        self.from_low: dict[int, int] = {}  # of each hole: low -> high
+        self.from_high: dict[int, int] = {}
+        self.edge = 0  # above it nothing is live
+        self.most = 0
+
+    def take(self, size: int) -> int:
+        """Place a buffer and return its address."""
+        found = bisect.bisect_left(self.holes, (size, -1))
+        if found == len(self.holes):
+            at, self.edge = self.edge, self.edge + size
+            self.most = max(self.most, self.edge)
+            return at
+        room, at = self.holes[found]
+        high = at + room
+        self._drop(at, high)
+        if room > size:
+            self._add(at + size, high)
+        return at
+
+    def free(self, low: int, high: int) -> None:
+        """Give back the place of a buffer, joined to the holes beside it."""
+        if low in self.from_high:
+            before = self.from_high[low]
+            self._drop(before, low)
+            low = before
+        if high == self.edge:
+            self.edge = low
+            return
+        if high in self.from_low:
+            after = self.from_low[high]
+            self._drop(high, after)
+            high = after
+        self._add(low, high)
+
+    def _add(self, low: int, high: int) -> None:
+        bisect.insort(self.holes, (high - low, low))
+        self.from_low[low], self.from_high[high] = high, low
+
+    def _drop(self, low: int, high: int) -> None:
+        del self.holes[bisect.bisect_left(self.holes, (high - low, low))]
+        del self.from_low[low], self.from_high[high]

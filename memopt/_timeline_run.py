@@ -29,7 +29,7 @@ class Run:
 
     def __init__(self, jaxpr: Any, platform: str, cache: dict, rules: Rules, loop: Layout | None = None):
         self.jaxpr = jaxpr
-        self.graph = graph = tg.flatten(jaxpr, platform)
+        self.graph = graph = tg.flatten(jaxpr, platform, cache.setdefault(("facts", platform), {}))
         self.count, self.loop, self.rules = len(jaxpr.eqns), loop, rules
         self.bodies: dict[int, list[Run]] = {}
         self.inner: dict[int, Run] = {}
@@ -39,7 +39,7 @@ class Run:
         self._laid: Any = None
         self._vars: dict[int, Any] = {}
         for index, op in enumerate(graph.ops):
-            if op.live and op.name != "pallas_call":
+            if op.bodies and op.live and op.name != "pallas_call":
                 self._enter(index, op, platform, cache)
         if rules.narrows_matmul_operands:
             self._narrow()
@@ -55,9 +55,9 @@ class Run:
         """Store what only default-precision matmuls read as bfloat16, as XLA:TPU does."""
         graph = self.graph
         outputs = set(graph.outputs)
-        for value, aval in enumerate(graph.avals):
-            if graph.maker[value] >= 0 and value not in outputs and self.narrowed(value):
-                graph.bytes[value] = tg.buffer_bytes(aval.update(dtype=jnp.bfloat16), "tpu")
+        for value in graph.wide:
+            if value not in outputs and self.narrowed(value):
+                graph.bytes[value] = tg.buffer_bytes(graph.avals[value].update(dtype=jnp.bfloat16), "tpu")
 
     def _widen(self) -> None:
         """Store what matmuls read and make in half precision as float32, as XLA:CPU does."""
@@ -113,7 +113,7 @@ class Run:
 
     def _enter(self, index: int, op: tg.Op, platform: str, cache: dict) -> None:
         layout = loop_layout(op)
-        for body in tg.bodies(op.eqn):
+        for body in op.bodies:
             loop = layout if layout and len(body.outvars) == len(op.outs) else None
             key = (id(body), platform, self.rules, loop)
             if key not in cache:
@@ -152,10 +152,12 @@ class Run:
         self.buffers, self.span = [], {}
         self.length = self.emit(self.buffers, 0, aliased)
         self.live = live_bytes(self.buffers, self.length)
-        self.usage = np.zeros(self.count, np.int64)
+        usage, live, ops = [0] * self.count, self.live, self.graph.ops
         for index, (low, high) in self.span.items():
-            top = self.graph.ops[index].top
-            self.usage[top] = max(self.usage[top], max(self.live[low : high + 1]))
+            top, most = ops[index].top, live[low] if low == high else max(live[low : high + 1])
+            if most > usage[top]:
+                usage[top] = most
+        self.usage = np.asarray(usage, np.int64)
 
     def emit(self, out: list[Buffer], start: int, aliased: Sequence[bool] = ()) -> int:
         """Add this computation's buffers from time `start` on; return the time at which it ends."""
