@@ -69,8 +69,8 @@ def collectives(compiled: Any) -> list[Collective]:
       One entry for each array that an instruction sends, loops multiplied out where their trip count is known.
 
     Example:
-      >>> import jax
-      >>> collectives(jax.jit(lambda x: x + 1).lower(1.0).compile())
+      >>> import jax, memopt
+      >>> memopt.collectives(jax.jit(lambda x: x + 1).lower(1.0).compile())
       []
     """
     text = compiled if isinstance(compiled, str) else compiled.as_text() or ""
