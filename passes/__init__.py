@@ -1,10 +1,11 @@
 """The passes: one technique, one file. This list of the defaults is the only place that names concrete passes."""
 
 from memopt.passes.fuse_update import FuseUpdate as FuseUpdate
+from memopt.passes.kernels import Kernels as Kernels
 from memopt.passes.remat import Remat as Remat
 from memopt.passes.shard import Shard as Shard
 
-__all__ = ["FuseUpdate", "Remat", "Shard", "default"]
+__all__ = ["FuseUpdate", "Kernels", "Remat", "Shard", "default"]
 
 
 def default() -> list:

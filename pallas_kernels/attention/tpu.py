@@ -1,0 +1,339 @@
+"""Attention for TPUs: the forward kernel (Mosaic), and what it shares with the backward ones in `tpu_backward`.
+
+In: q, k, v and the settings. Out: the output and the log-sum-exp of each row. Tiles of scores are held as keys x
+queries: maxima and sums then run over sublanes, the statistics of a row are lanes that broadcast for free, and no tile
+is ever transposed for a matmul. The grid walks a list of blocks that hold an allowed pair (`spec.visits`, prefetched
+as scalars), so hidden blocks cost nothing, and blocks with no hidden pair skip the masks. No fallback stands here.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from . import tiles
+from .spec import HIDDEN, LOWEST, PARTIAL, WHOLE, Extras, Spec, Visits, visits
+
+LANES = 128
+LOG2E = 1.4426950408889634
+FIRST, LAST = 1, 2  # bits of a visit: it opens or closes an output block; two bits for its kind, head bits above
+KIND_SHIFT, HEAD_SHIFT = 2, 4
+VMEM_BYTES = 100 * 2**20  # what a kernel may take of the 128 MiB of v5e, v5p and v6e
+
+
+class Layout(NamedTuple):
+    """Shapes of one call: lengths are padded to whole blocks, operands are `[batch, heads, length, head_dim]`."""
+
+    batch: int
+    heads: int
+    kv_heads: int
+    queries: int  # without padding
+    keys: int
+    block_q: int
+    block_k: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key head."""
+        return self.heads // self.kv_heads
+
+
+def block_sizes(queries: int, keys: int, head_dim: int, spec: Spec, device: str = "tpu") -> tuple[int, int]:
+    """Choose the blocks of the kernels: a pure function of shape and device.
+
+    Args:
+        queries, keys: lengths.
+        head_dim: the larger of both head sizes.
+        spec: the settings; a block mask fixes the size.
+        device: kind of device; all TPUs from v5e on are treated alike.
+
+    Returns:
+        `(block_q, block_k)`, multiples of 128.
+
+    Example:
+        >>> block_sizes(1000, 4096, 64, Spec(scale=1.0))
+        (512, 512)
+    """
+    if spec.blocks:
+        return spec.blocks[0], spec.blocks[0]
+    limit = 512 if head_dim <= 256 else 256
+    return tuple(min(limit, -(-length // LANES) * LANES) for length in (queries, keys))
+
+
+def layout(q: jax.Array, k: jax.Array, blocks: tuple[int, int]) -> Layout:
+    """Return the layout of a call with q and k as users give them."""
+    return Layout(q.shape[0], q.shape[2], k.shape[2], q.shape[1], k.shape[1], *blocks)
+
+
+def forward(
+    spec: Spec,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    extras: Extras,
+    blocks: tuple[int, int] | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Compute attention in one kernel; arguments and results as in `lean.forward`, `interpret` runs it on a CPU.
+
+    Both parts of the log-sum-exp are in units of log 2 here, the units of the scores inside the kernels.
+
+    Source: Dao 2023, "FlashAttention-2", algorithm 1.
+    """
+    lay = layout(q, k, blocks or block_sizes(q.shape[1], k.shape[1], max(q.shape[3], v.shape[3]), spec))
+    walk = visits(spec, lay.queries, lay.keys, lay.block_q, lay.block_k)
+    q, k, v = (by_heads(x, size) for x, size in ((q, lay.block_q), (k, lay.block_k), (v, lay.block_k)))
+    operands, specs, names = extra_operands(spec, lay, bias, extras)
+    shapes = (
+        jax.ShapeDtypeStruct((*q.shape[:3], v.shape[3]), q.dtype),
+        jax.ShapeDtypeStruct((lay.batch, lay.heads, 2, q.shape[2]), jnp.float32),
+    )
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3,
+        grid=(lay.batch, lay.heads, len(walk.rows)),
+        in_specs=[
+            pl.BlockSpec((1, 1, lay.block_q, q.shape[3]), lambda b, h, t, i, j, f: (b, h, i[t], 0)),
+            pl.BlockSpec((1, 1, lay.block_k, k.shape[3]), lambda b, h, t, i, j, f: (b, h // lay.group, j[t], 0)),
+            pl.BlockSpec((1, 1, lay.block_k, v.shape[3]), lambda b, h, t, i, j, f: (b, h // lay.group, j[t], 0)),
+            *specs,
+        ],
+        out_specs=[
+            pl.BlockSpec((1, 1, lay.block_q, v.shape[3]), lambda b, h, t, i, j, f: (b, h, i[t], 0)),
+            pl.BlockSpec((1, 1, 2, lay.block_q), lambda b, h, t, i, j, f: (b, h, 0, i[t])),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((1, lay.block_q), jnp.float32),
+            pltpu.VMEM((1, lay.block_q), jnp.float32),
+            pltpu.VMEM((v.shape[3], lay.block_q), jnp.float32),
+        ],
+    )
+    call = pl.pallas_call(
+        functools.partial(_kernel, spec, lay, names, branches(walk, names)),
+        grid_spec=grid,
+        out_shape=shapes,
+        compiler_params=compiler_params(),
+        interpret=interpret,
+        name="memopt_attention_forward",
+    )
+    flags = flags_of(walk, walk.rows, lay, names)
+    out, lse = call(jnp.asarray(walk.rows), jnp.asarray(walk.columns), jnp.asarray(flags), q, k, v, *operands)
+    return out[:, :, : lay.queries].swapaxes(1, 2), lse[..., : lay.queries]
+
+
+def _kernel(spec: Spec, lay: Layout, names, kinds, rows_ref, columns_ref, flags_ref, q_ref, k_ref, v_ref, *refs):
+    extra_refs, (out_ref, lse_ref, top_ref, total_ref, acc_ref) = refs[: len(names)], refs[len(names) :]
+    step, head = pl.program_id(2), pl.program_id(0) * lay.heads + pl.program_id(1)
+    flags = flags_ref[step]
+
+    @pl.when(flags & FIRST != 0)
+    def _():
+        top_ref[...] = jnp.full_like(top_ref, LOWEST)
+        total_ref[...] = jnp.zeros_like(total_ref)
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    def update(partial: bool):
+        tile = Tile(spec, lay, dict(zip(names, extra_refs, strict=True)), rows_ref[step], columns_ref[step])
+        scores, _ = tile.scores(q_ref[0, 0], k_ref[0, 0], partial)
+        factors = tile.factors(head)
+        _accumulate(spec, scores, factors, v_ref[0, 0], top_ref, total_ref, acc_ref)
+
+    for_each_kind(kinds, flags, update)
+
+    @pl.when(flags & LAST != 0)
+    def _():
+        total, out = total_ref[...], acc_ref[...]
+        if spec.kind == "softmax":
+            empty = total == 0
+            out = out * (1 / jnp.where(empty, 1, total))
+            lse_ref[0, 0, :1] = top_ref[...]
+            lse_ref[0, 0, 1:] = jnp.where(empty, jnp.inf, jnp.log2(jnp.where(empty, 1, total)))
+        else:
+            lse_ref[0, 0] = jnp.zeros_like(lse_ref[0, 0])
+        out_ref[0, 0] = out.T.astype(out_ref.dtype)
+
+
+def _accumulate(spec: Spec, scores, factors, v, top_ref, total_ref, acc_ref):
+    """Take a tile of scores (keys x queries, in units of log 2) into the running output (head_dim x queries)."""
+    if spec.kind == "sigmoid":
+        weights = tiles.sigmoid(spec, scores * (1 / LOG2E))
+        shrink = None
+    else:
+        top = top_ref[...]
+        new_top = jnp.maximum(top, scores.max(axis=0, keepdims=True))
+        weights = jnp.exp2(scores - new_top)
+        shrink = jnp.exp2(top - new_top)
+        top_ref[...] = new_top
+        total_ref[...] = total_ref[...] * shrink + weights.sum(axis=0, keepdims=True)
+    if factors is not None:
+        weights = weights * factors
+    more = dot(v, weights.astype(v.dtype), 0, 0)
+    acc_ref[...] = more + (acc_ref[...] if shrink is None else acc_ref[...] * shrink)
+
+
+class Tile:
+    """One tile of scores, keys x queries, as the kernels see it: its position and what hides pairs of it."""
+
+    def __init__(self, spec: Spec, lay: Layout, refs: dict, row, column):
+        self.spec, self.lay, self.refs = spec, lay, refs
+        shape = (lay.block_k, lay.block_q)
+        self.rows = row * lay.block_q + lax.broadcasted_iota(jnp.int32, shape, 1)
+        self.columns = column * lay.block_k + lax.broadcasted_iota(jnp.int32, shape, 0)
+
+    def scores(self, q, k, partial: bool):
+        """Return the masked scores in units of log 2, and the derivative of the cap or None."""
+        scores, slope = tiles.capped(self.spec, dot(k, q, 1, 1))
+        if "bias" in self.refs:
+            scores = scores + _transposed(self.refs["bias"][0, 0].astype(jnp.float32))
+        if "slopes" in self.refs:
+            scores = scores + self.refs["slopes"][0][:, :1] * (self.columns - self.rows).astype(jnp.float32)
+        return tiles.hide(scores * LOG2E, self._keep() if partial else None), slope
+
+    def _keep(self):
+        keep = tiles.allowed(self.spec, self.rows, self.columns)
+        if self.lay.keys % self.lay.block_k:
+            keep = tiles.both(keep, self.columns < self.lay.keys)
+        if "q_segments" in self.refs:
+            same = self.refs["q_segments"][0] == _transposed(self.refs["kv_segments"][0])
+            keep = tiles.both(keep, same)
+        if "mask" in self.refs:
+            keep = tiles.both(keep, _transposed(self.refs["mask"][0, 0].astype(jnp.float32)) != 0)
+        return keep
+
+    def factors(self, head):
+        """Return the dropout factors of the tile, or None without dropout."""
+        if not self.spec.dropout:
+            return None
+        seed = (self.refs["seed"][0], self.refs["seed"][1])
+        return tiles.kept(self.spec, seed, head, self.rows, self.columns)
+
+
+def _transposed(x):
+    """Transpose a tile of 32-bit values; a single row or column is first made as large as a register."""
+    if x.shape[0] == 1:
+        return jnp.broadcast_to(x, (LANES, x.shape[1])).T[:, :1]
+    if x.shape[1] == 1:
+        return jnp.broadcast_to(x, (x.shape[0], LANES)).T[:1]
+    return x.T
+
+
+def dot(a, b, a_axis: int, b_axis: int):
+    """Contract one axis of each of two matrices into float32; float32 operands are multiplied in full precision."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return lax.dot_general(
+        a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+# The list of blocks.
+
+
+def flags_of(walk: Visits, major: np.ndarray, lay: Layout, names: tuple[str, ...]) -> np.ndarray:
+    """Return the bits of each visit, where `major` numbers the output block that a visit adds to."""
+    first = np.concatenate([[True], major[1:] != major[:-1]])
+    last = np.concatenate([first[1:], [True]])
+    return (first * FIRST + last * LAST + (_kinds(walk, names) << KIND_SHIFT)).astype(np.int32)
+
+
+def _kinds(walk: Visits, names: tuple[str, ...]) -> np.ndarray:
+    dynamic = "mask" in names or "q_segments" in names
+    return np.where(walk.kinds == WHOLE, PARTIAL, walk.kinds) if dynamic else walk.kinds
+
+
+def branches(walk: Visits, names: tuple[str, ...]) -> tuple[int, ...]:
+    """Return which kinds of blocks there are."""
+    return tuple(sorted(set(_kinds(walk, names).tolist())))
+
+
+def for_each_kind(kinds: tuple[int, ...], flags, update) -> None:
+    """Trace `update(partial)` for the kinds of blocks there are, and run that of this visit; skip hidden ones."""
+    if len(kinds) == 1 and kinds[0] != HIDDEN:
+        update(kinds[0] == PARTIAL)
+        return
+    for kind in set(kinds) - {HIDDEN}:
+        pl.when((flags >> KIND_SHIFT) & 3 == kind)(functools.partial(update, kind == PARTIAL))
+
+
+# Operands.
+
+
+def extra_operands(spec: Spec, lay: Layout, bias, extras: Extras):
+    """Return the optional operands, their block specs (over batch, query head, step, lists) and their names."""
+    found = []
+    for name, x in (("bias", bias), ("mask", None if extras.mask is None else extras.mask.astype(jnp.int8))):
+        if x is not None:
+            found.append((name, *_plane(lay, x)))
+    if extras.q_segments is not None:
+        q_segments, kv_segments = extras.q_segments[:, None], extras.kv_segments[:, None]
+        q_spec = pl.BlockSpec((1, 1, lay.block_q), lambda b, h, t, i, j, f: (b, 0, i[t]))
+        k_spec = pl.BlockSpec((1, 1, lay.block_k), lambda b, h, t, i, j, f: (b, 0, j[t]))
+        found.append(("q_segments", _pad(q_segments, 2, lay.block_q), q_spec))
+        found.append(("kv_segments", _pad(kv_segments, 2, lay.block_k), k_spec))
+    if extras.slopes is not None:
+        slopes = extras.slopes.astype(jnp.float32).reshape(-1, 1, 1)
+        slopes = jnp.broadcast_to(slopes, (slopes.shape[0], 1, LANES))
+        block = pl.BlockSpec((1, 1, LANES), lambda b, h, t, i, j, f: (h, 0, 0))
+        found.append(("slopes", slopes, block))
+    if spec.dropout:
+        found.append(("seed", extras.seed, pl.BlockSpec(memory_space=pltpu.SMEM)))
+    names, operands, specs = zip(*found, strict=True) if found else ((), (), ())
+    return operands, specs, names
+
+
+def _plane(lay: Layout, x):
+    """Return a `[batch, heads, queries, keys]` operand, any of them 1, padded, and its block spec."""
+    by = tuple(size > 1 for size in x.shape)
+    block = (1, 1, lay.block_q if by[2] else 1, lay.block_k if by[3] else 1)
+
+    def index(b, h, t, i, j, f):
+        indices = (b, h, i[t], j[t])
+        return tuple(index if varies else 0 for index, varies in zip(indices, by, strict=True))
+
+    return _pad(_pad(x, 2, block[2]), 3, block[3]), pl.BlockSpec(block, index)
+
+
+def by_heads(x, block: int):
+    """`[batch, length, heads, head_dim]` to `[batch, heads, padded length, head_dim]`."""
+    return _pad(x.swapaxes(1, 2), 2, block)
+
+
+def _pad(x, axis: int, block: int):
+    if not (count := -x.shape[axis] % block):
+        return x
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, count)
+    return jnp.pad(x, widths)
+
+
+def compiler_params():
+    """Return what the kernels ask of Mosaic: the last grid axis runs in order."""
+    return pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES)
+
+
+def problem(spec: Spec, q, k, v, bias, extras: Extras, blocks: tuple[int, int] | None) -> str | None:
+    """Say why these kernels cannot serve a call, or None where they can."""
+    if q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"{q.dtype} operands: the kernel computes in bfloat16 or float32"
+    for size in (q.shape[3], v.shape[3]):
+        if not 64 <= size <= 256 or size % 16:
+            return f"a head size of {size}: multiples of 16 from 64 to 256 are served"
+    if min(q.shape[1], k.shape[1]) < 8:
+        return f"{q.shape[1]} queries and {k.shape[1]} keys: fewer than 8 are no work for a matmul unit"
+    block_q, block_k = blocks or block_sizes(q.shape[1], k.shape[1], max(q.shape[3], v.shape[3]), spec)
+    if block_q % LANES or block_k % LANES:
+        return f"blocks of {block_q} x {block_k}: multiples of {LANES} are needed"
+    if spec.blocks and (block_q, block_k) != (spec.blocks[0],) * 2:
+        return f"blocks of {block_q} x {block_k} with a block mask of size {spec.blocks[0]}: they must be equal"
+    if bias is not None and bias.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"a bias of dtype {bias.dtype}"
+    steps = -(-q.shape[1] // block_q) * -(-k.shape[1] // block_k) * (q.shape[2] // k.shape[2])
+    if steps > 16_384:
+        return f"{steps} blocks: their list must fit the scalar memory, 16,384 do"
+    return None

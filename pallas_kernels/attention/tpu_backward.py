@@ -1,0 +1,225 @@
+"""The backward kernels of attention for TPUs: one for q's gradient, one for those of k and v.
+
+In: the operands of the forward pass, its output and log-sum-exp, and the output's cotangent. Out: gradients. Tiles are
+keys x queries, as in `tpu`, whose pieces these kernels are built from; the scores are computed again.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from . import tiles
+from .spec import Extras, Spec, Visits, visits
+from .tpu import (
+    FIRST,
+    HEAD_SHIFT,
+    LAST,
+    LOG2E,
+    Layout,
+    Tile,
+    block_sizes,
+    branches,
+    by_heads,
+    compiler_params,
+    dot,
+    extra_operands,
+    flags_of,
+    for_each_kind,
+    layout,
+)
+
+
+def backward(
+    spec: Spec,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    bias: jax.Array | None,
+    extras: Extras,
+    out: jax.Array,
+    lse: jax.Array,
+    cotangent: jax.Array,
+    blocks: tuple[int, int] | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute the gradients of q, k and v in two kernels; arguments and results as in `lean.backward`.
+
+    Source: Dao 2023, "FlashAttention-2", algorithm 2, split in two so that nothing is accumulated in HBM.
+    """
+    lay = layout(q, k, blocks or block_sizes(q.shape[1], k.shape[1], max(q.shape[3], v.shape[3]), spec))
+    walk = visits(spec, lay.queries, lay.keys, lay.block_q, lay.block_k)
+    delta = jnp.einsum("bqhd,bqhd->bhq", out, cotangent, preferred_element_type=jnp.float32)
+    fill = (-lay.queries) % lay.block_q
+    rows = ((0, 0), (0, 0), (0, fill))
+    lse = jnp.pad(lse, ((0, 0), *rows), constant_values=jnp.inf)  # the weights of padded rows are 0
+    delta = jnp.pad(delta, rows)[:, :, None]
+    q, cotangent = (by_heads(x, lay.block_q) for x in (q, cotangent))
+    k, v = (by_heads(x, lay.block_k) for x in (k, v))
+    operands = (q, k, v, cotangent, lse, delta)
+    dq = _query_gradient(spec, lay, walk, operands, bias, extras, interpret)
+    dk, dv = _key_gradients(spec, lay, walk.by_column(), operands, bias, extras, interpret)
+    dq, dk, dv = (x.swapaxes(1, 2) for x in (dq, dk, dv))
+    return dq[:, : lay.queries], dk[:, : lay.keys], dv[:, : lay.keys]
+
+
+def _query_gradient(spec: Spec, lay: Layout, walk: Visits, operands, bias, extras: Extras, interpret: bool):
+    q, k, v = operands[:3]
+    extra, extra_specs, names = extra_operands(spec, lay, bias, extras)
+    q_block = pl.BlockSpec((1, 1, lay.block_q, q.shape[3]), lambda b, h, t, i, j, f: (b, h, i[t], 0))
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3,
+        grid=(lay.batch, lay.heads, len(walk.rows)),
+        in_specs=[
+            q_block,
+            pl.BlockSpec((1, 1, lay.block_k, k.shape[3]), lambda b, h, t, i, j, f: (b, h // lay.group, j[t], 0)),
+            pl.BlockSpec((1, 1, lay.block_k, v.shape[3]), lambda b, h, t, i, j, f: (b, h // lay.group, j[t], 0)),
+            pl.BlockSpec((1, 1, lay.block_q, v.shape[3]), lambda b, h, t, i, j, f: (b, h, i[t], 0)),
+            *[pl.BlockSpec((1, 1, n, lay.block_q), lambda b, h, t, i, j, f: (b, h, 0, i[t])) for n in (2, 1)],
+            *extra_specs,
+        ],
+        out_specs=q_block,
+        scratch_shapes=[pltpu.VMEM((q.shape[3], lay.block_q), jnp.float32)],
+    )
+    call = pl.pallas_call(
+        functools.partial(_query_kernel, spec, lay, names, branches(walk, names)),
+        grid_spec=grid,
+        out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        compiler_params=compiler_params(),
+        interpret=interpret,
+        name="memopt_attention_dq",
+    )
+    flags = flags_of(walk, walk.rows, lay, names)
+    return call(jnp.asarray(walk.rows), jnp.asarray(walk.columns), jnp.asarray(flags), *operands, *extra)
+
+
+def _query_kernel(spec: Spec, lay: Layout, names, kinds, rows_ref, columns_ref, flags_ref, *refs):
+    ins, extra_refs, (dq_ref, acc_ref) = refs[:6], refs[6:-2], refs[-2:]
+    step, head = pl.program_id(2), pl.program_id(0) * lay.heads + pl.program_id(1)
+    flags = flags_ref[step]
+
+    @pl.when(flags & FIRST != 0)
+    def _():
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+
+    def update(partial: bool):
+        tile = Tile(spec, lay, dict(zip(names, extra_refs, strict=True)), rows_ref[step], columns_ref[step])
+        _, ds = _gradients(spec, tile, head, ins, partial)
+        k = ins[1][0, 0]
+        acc_ref[...] += dot(k, ds.astype(k.dtype), 0, 0)
+
+    for_each_kind(kinds, flags, update)
+
+    @pl.when(flags & LAST != 0)
+    def _():
+        dq_ref[0, 0] = (acc_ref[...] * spec.scale).T.astype(dq_ref.dtype)
+
+
+def _key_gradients(spec: Spec, lay: Layout, walk: Visits, operands, bias, extras: Extras, interpret: bool):
+    q, k, v = operands[:3]
+    walk, member = _for_group(walk, lay.group)
+
+    # The head within its group shares the third prefetched list with the flags: bits from HEAD_SHIFT up.
+    def head(b, h, t, f):
+        return h * lay.group + (f[t] >> HEAD_SHIFT)
+
+    extra, extra_specs, names = extra_operands(spec, lay, bias, extras)
+    extra_specs = [_regrouped(block, head) for block in extra_specs]
+    k_spec = pl.BlockSpec((1, 1, lay.block_k, k.shape[3]), lambda b, h, t, i, j, f: (b, h, j[t], 0))
+    v_spec = pl.BlockSpec((1, 1, lay.block_k, v.shape[3]), lambda b, h, t, i, j, f: (b, h, j[t], 0))
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3,
+        grid=(lay.batch, lay.kv_heads, len(walk.rows)),
+        in_specs=[
+            pl.BlockSpec((1, 1, lay.block_q, q.shape[3]), lambda b, h, t, i, j, f: (b, head(b, h, t, f), i[t], 0)),
+            k_spec,
+            v_spec,
+            pl.BlockSpec((1, 1, lay.block_q, v.shape[3]), lambda b, h, t, i, j, f: (b, head(b, h, t, f), i[t], 0)),
+            *[
+                pl.BlockSpec((1, 1, n, lay.block_q), lambda b, h, t, i, j, f: (b, head(b, h, t, f), 0, i[t]))
+                for n in (2, 1)
+            ],
+            *extra_specs,
+        ],
+        out_specs=[k_spec, v_spec],
+        scratch_shapes=[
+            pltpu.VMEM((lay.block_k, k.shape[3]), jnp.float32),
+            pltpu.VMEM((lay.block_k, v.shape[3]), jnp.float32),
+        ],
+    )
+    call = pl.pallas_call(
+        functools.partial(_key_kernel, spec, lay, names, branches(walk, names)),
+        grid_spec=grid,
+        out_shape=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        compiler_params=compiler_params(),
+        interpret=interpret,
+        name="memopt_attention_dkv",
+    )
+    flags = flags_of(walk, walk.columns, lay, names) + (member << HEAD_SHIFT)
+    return call(jnp.asarray(walk.rows), jnp.asarray(walk.columns), jnp.asarray(flags), *operands, *extra)
+
+
+def _for_group(walk: Visits, group: int) -> tuple[Visits, np.ndarray]:
+    """Repeat the visits of each column for every query head of a group; return them and the head of each."""
+    member = np.repeat(np.arange(group, dtype=np.int32), len(walk.rows))
+    rows, columns, kinds = (np.tile(x, group) for x in walk)
+    order = np.lexsort((rows, member, columns))
+    return Visits(rows[order], columns[order], kinds[order]), member[order]
+
+
+def _regrouped(block, head):
+    """Return a block spec over query heads as one over key heads, whose query head `head` finds by the flags."""
+    if block.index_map is None:
+        return block
+    index = block.index_map
+    return pl.BlockSpec(block.block_shape, lambda b, h, t, i, j, f: index(b, head(b, h, t, f), t, i, j, f))
+
+
+def _key_kernel(spec: Spec, lay: Layout, names, kinds, rows_ref, columns_ref, flags_ref, *refs):
+    ins, extra_refs, (dk_ref, dv_ref, dk_acc, dv_acc) = refs[:6], refs[6:-4], refs[-4:]
+    step = pl.program_id(2)
+    flags = flags_ref[step]
+    head = pl.program_id(0) * lay.heads + pl.program_id(1) * lay.group + (flags >> HEAD_SHIFT)
+
+    @pl.when(flags & FIRST != 0)
+    def _():
+        dk_acc[...] = jnp.zeros_like(dk_acc)
+        dv_acc[...] = jnp.zeros_like(dv_acc)
+
+    def update(partial: bool):
+        tile = Tile(spec, lay, dict(zip(names, extra_refs, strict=True)), rows_ref[step], columns_ref[step])
+        weights, ds = _gradients(spec, tile, head, ins, partial)
+        q, cotangent = ins[0][0, 0], ins[3][0, 0]
+        dv_acc[...] += dot(weights.astype(cotangent.dtype), cotangent, 1, 0)
+        dk_acc[...] += dot(ds.astype(q.dtype), q, 1, 0)
+
+    for_each_kind(kinds, flags, update)
+
+    @pl.when(flags & LAST != 0)
+    def _():
+        dk_ref[0, 0] = (dk_acc[...] * spec.scale).astype(dk_ref.dtype)
+        dv_ref[0, 0] = dv_acc[...].astype(dv_ref.dtype)
+
+
+def _gradients(spec: Spec, tile: Tile, head, ins, partial: bool):
+    """Return the weights after dropout and the gradient of the unscaled scores, both keys x queries, float32."""
+    q, k, v, cotangent = (ref[0, 0] for ref in ins[:4])
+    lse, delta = ins[4][0, 0], ins[5][0, 0]
+    scores, slope = tile.scores(q, k, partial)
+    dweights = dot(v, cotangent, 1, 1)
+    factors = tile.factors(head)
+    if factors is not None:
+        dweights = dweights * factors
+    if spec.kind == "sigmoid":
+        weights = tiles.sigmoid(spec, scores * (1 / LOG2E))
+        ds = weights * (1 - weights) * dweights
+    else:
+        weights = jnp.exp2(scores - lse[:1] - lse[1:])
+        ds = weights * (dweights - delta)
+    ds = ds if slope is None else ds * slope
+    return weights if factors is None else weights * factors, ds

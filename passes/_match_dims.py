@@ -1,0 +1,283 @@
+"""A region of a step on small shapes: which axes are the same axis, and the region's values in numpy.
+
+In: the equations of a region and its input values. Out: for every value the atoms that its axes are made of (an axis
+that a reshape cuts in two is two atoms), small sizes for them, and the region evaluated in float64 on random inputs of
+those sizes. Only primitives listed here can be in a region; any other is named in `Unsupported`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from memopt import _compat as c
+from memopt.passes._match import Node, Space
+
+
+class Unsupported(Exception):
+    """Why a region cannot be looked at, as a clause that completes a sentence."""
+
+
+@dataclasses.dataclass(eq=False)
+class Atom:
+    """A piece of an axis that is never cut further; `parts` after it was cut or found to be another one."""
+
+    size: int
+    parts: list[Atom] | None = None
+
+
+def flat(atoms: Sequence[Atom]) -> list[Atom]:
+    """Return the present atoms of a list that may hold ones cut or merged since."""
+    found: list[Atom] = []
+    for atom in atoms:
+        found.extend([atom] if atom.parts is None else flat(atom.parts))
+    return found
+
+
+class Axes:
+    """The atoms of each axis of each value of a region."""
+
+    def __init__(self, space: Space, region: Sequence[Node], inputs: Sequence[int]):
+        self.space = space
+        self.known: dict[int, list[list[Atom]]] = {}
+        for value in inputs:
+            self.known[value] = self._new(space.avals[value].shape)
+        for node in region:
+            self._node(node)
+
+    def of(self, value: int) -> list[list[Atom]]:
+        """Return the present atoms of each axis of a value; an axis of size 1 has none."""
+        return [flat(axis) for axis in self.known[value]]
+
+    def all(self, value: int) -> list[Atom]:
+        """Return the present atoms of a value, major to minor."""
+        return [atom for axis in self.of(value) for atom in axis]
+
+    def _new(self, shape: Sequence[int]) -> list[list[Atom]]:
+        return [[] if size == 1 else [Atom(size)] for size in shape]
+
+    def _node(self, node: Node) -> None:
+        name, out = node.name, node.eqn.outvars[0].aval.shape
+        ins = [None if v is None else self.known[v] for v in node.ins]
+        if name in _ELEMENTWISE:
+            result = self._elementwise([x for x in ins if x], out)
+        elif name in ("broadcast_in_dim", "iota"):
+            result = self._new(out)
+            where = node.eqn.params.get("broadcast_dimensions", ()) if name == "broadcast_in_dim" else ()
+            for axis, at in zip(ins[0] if where else (), where, strict=True):
+                if axis:
+                    result[at] = axis
+        elif name == "reshape":
+            result = self._reshape([atom for axis in (ins[0] or []) for atom in flat(axis)], out)
+        elif name == "squeeze":
+            result = [axis for i, axis in enumerate(ins[0]) if i not in node.eqn.params["dimensions"]]
+        elif name == "transpose":
+            result = [ins[0][i] for i in node.eqn.params["permutation"]]
+        elif name in _REDUCTIONS:
+            result = [axis for i, axis in enumerate(ins[0]) if i not in node.eqn.params["axes"]]
+        elif name == "dot_general":
+            result = self._dot(node, ins)
+        else:
+            raise Unsupported(f"`{name}` is not among the operations that are understood there")
+        self.known[node.outs[0]] = result
+
+    def _elementwise(self, ins: list[list[list[Atom]]], out: Sequence[int]) -> list[list[Atom]]:
+        result: list[list[Atom]] = [[] for _ in out]
+        for axes in ins:
+            for i, axis in enumerate(axes):
+                if axis and result[i]:
+                    _unify(axis, result[i])
+                elif axis:
+                    result[i] = axis
+        return result
+
+    def _dot(self, node: Node, ins) -> list[list[Atom]]:
+        (left, right), (left_batch, right_batch) = node.eqn.params["dimension_numbers"]
+        for i, j in zip((*left, *left_batch), (*right, *right_batch), strict=True):
+            if ins[0][i]:
+                _unify(ins[0][i], ins[1][j])
+        free = [
+            [axis for i, axis in enumerate(side) if i not in (*contract, *batch)]
+            for side, contract, batch in ((ins[0], left, left_batch), (ins[1], right, right_batch))
+        ]
+        return [*(ins[0][i] for i in left_batch), *free[0], *free[1]]
+
+    def _reshape(self, atoms: list[Atom], shape: Sequence[int]) -> list[list[Atom]]:
+        result, queue = [], list(atoms)
+        for size in shape:
+            axis: list[Atom] = []
+            while size > 1:
+                atom = queue.pop(0)
+                if size % atom.size:
+                    if atom.size % size:
+                        raise Unsupported("a reshape mixes axes")
+                    head, rest = Atom(size), Atom(atom.size // size)
+                    atom.parts = [head, rest]
+                    queue.insert(0, rest)
+                    atom = head
+                axis.append(atom)
+                size //= atom.size
+            result.append(axis)
+        return result
+
+
+def _unify(first: list[Atom], second: list[Atom]) -> None:
+    """Make two axes the same one, cutting atoms where one of them is made of more."""
+    a, b = flat(first), flat(second)
+    while a and b:
+        x, y = a.pop(0), b.pop(0)
+        if x is y:
+            continue
+        if x.size == y.size:
+            y.parts = [x]
+        elif x.size > y.size and x.size % y.size == 0:
+            rest = Atom(x.size // y.size)
+            x.parts = [y, rest]
+            a.insert(0, rest)
+        elif y.size % x.size == 0:
+            rest = Atom(y.size // x.size)
+            y.parts = [x, rest]
+            b.insert(0, rest)
+        else:
+            raise Unsupported("two axes are cut in ways that do not fit together")
+
+
+class Small:
+    """A region evaluated in float64 on small random inputs."""
+
+    def __init__(self, axes: Axes, region: Sequence[Node], seed: int = 0):
+        self.axes, self.region = axes, region
+        self.random = np.random.default_rng(seed)
+        self.sizes: dict[int, int] = {}
+        self.atoms: list[Atom] = []
+
+    def size(self, atom: Atom) -> int:
+        """Return the small size of an atom: 2 to 5, different ones in turn."""
+        if id(atom) not in self.sizes:
+            self.atoms.append(atom)  # keeps the id its own
+            self.sizes[id(atom)] = min(atom.size, (3, 4, 2, 5)[len(self.sizes) % 4])
+        return self.sizes[id(atom)]
+
+    def shape(self, value: int) -> tuple[int, ...]:
+        """Return the small shape of a value."""
+        return tuple(math.prod(self.size(a) for a in axis) for axis in self.axes.of(value))
+
+    def random_input(self, value: int) -> np.ndarray:
+        """Return random numbers, or random truth values for a mask, in the small shape of an input."""
+        dtype = self.axes.space.avals[value].dtype
+        if dtype == np.bool_:
+            return self.random.random(self.shape(value)) < 0.7
+        if np.issubdtype(dtype, np.integer):
+            raise Unsupported("an integer input decides what is computed")
+        return self.random.normal(size=self.shape(value))
+
+    def run(self, inputs: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Return all values of the region."""
+        env: dict[int, Any] = dict(inputs)
+        with np.errstate(all="ignore"):
+            for node in self.region:
+                operands = [
+                    _value(v.val) if isinstance(v, c.Literal) else env[n]
+                    for v, n in zip(node.eqn.invars, node.ins, strict=True)
+                ]
+                env[node.outs[0]] = self._apply(node, operands)
+        return env
+
+    def _apply(self, node: Node, operands: list[Any]) -> np.ndarray:
+        name, params, out = node.name, node.eqn.params, self.shape(node.outs[0])
+        if name == "broadcast_in_dim":
+            shape = [1] * len(out)
+            for at, size in zip(params["broadcast_dimensions"], np.shape(operands[0]), strict=True):
+                shape[at] = size
+            return np.broadcast_to(np.reshape(operands[0], shape), out)
+        if name == "iota":
+            line = np.arange(out[params["dimension"]])
+            return np.broadcast_to(np.expand_dims(line, [i for i in range(len(out)) if i != params["dimension"]]), out)
+        if name in ("reshape", "squeeze"):
+            return np.reshape(operands[0], out)
+        if name == "transpose":
+            return np.transpose(operands[0], params["permutation"])
+        if name == "integer_pow":
+            return operands[0] ** float(params["y"])
+        if name in _REDUCTIONS:
+            return _REDUCTIONS[name](operands[0], axis=tuple(params["axes"]))
+        if name == "dot_general":
+            return _dot(params["dimension_numbers"], *operands)
+        if name == "convert_element_type":
+            whole = np.issubdtype(params["new_dtype"], np.integer)
+            truth = params["new_dtype"] == np.bool_
+            return np.asarray(operands[0]).astype(bool if truth else np.int64 if whole else np.float64)
+        return _ELEMENTWISE[name](*operands)
+
+
+def _value(literal: Any) -> Any:
+    value = np.asarray(literal)
+    if value.dtype == np.bool_ or np.issubdtype(value.dtype, np.integer):
+        return value
+    return value.astype(np.float64)
+
+
+def _dot(numbers, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    (left, right), (left_batch, right_batch) = numbers
+    letters = iter("abcdefghijklmnopqrstuvwxyz")
+    first = [next(letters) for _ in range(a.ndim)]
+    second = [""] * b.ndim
+    for i, j in zip((*left, *left_batch), (*right, *right_batch), strict=True):
+        second[j] = first[i]
+    second = [x or next(letters) for x in second]
+    batch = [first[i] for i in left_batch]
+    free = [x for i, x in enumerate(first) if i not in (*left, *left_batch)]
+    free += [x for j, x in enumerate(second) if j not in (*right, *right_batch)]
+    return np.einsum(f"{''.join(first)},{''.join(second)}->{''.join(batch + free)}", a, b)
+
+
+def _select(which, *cases):
+    return np.where(which, cases[1], cases[0])
+
+
+def _same(x, *_):
+    return x
+
+
+_REDUCTIONS: dict[str, Callable[..., Any]] = {"reduce_max": np.max, "reduce_sum": np.sum}
+_ELEMENTWISE: dict[str, Callable[..., Any]] = {
+    "add": np.add,
+    "add_any": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "div": np.divide,
+    "max": np.maximum,
+    "min": np.minimum,
+    "neg": np.negative,
+    "exp": np.exp,
+    "exp2": np.exp2,
+    "log": np.log,
+    "log1p": np.log1p,
+    "tanh": np.tanh,
+    "square": np.square,
+    "sqrt": np.sqrt,
+    "rsqrt": lambda x: 1 / np.sqrt(x),
+    "integer_pow": np.power,
+    "is_finite": np.isfinite,
+    "eq": np.equal,
+    "ne": np.not_equal,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "and": np.logical_and,
+    "or": np.logical_or,
+    "not": np.logical_not,
+    "select_n": _select,
+    "convert_element_type": _same,
+    "stop_gradient": _same,
+    "name": _same,
+    "copy": _same,
+    "copy_p": _same,
+    "optimization_barrier": _same,
+    "reduce_precision": _same,
+}
