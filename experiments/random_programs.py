@@ -21,7 +21,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_integer("programs", 10_000, "How many seeds to run.")
 flags.DEFINE_integer("first", 0, "The first seed.")
 flags.DEFINE_integer("processes", 2, "How many processes to use.")
-flags.DEFINE_string("budget", "50%", "The budget of every step, as memopt.optimize takes it.")
+flags.DEFINE_string("budget", "smallest", "Budget of every step, as memopt.optimize takes it, or its smallest peak.")
 flags.DEFINE_string("out", "out/random_programs.json", "Where to write the tally and the failures.")
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _forms, _segments, _settled
+from memopt import _forms, _handover, _segments, _settled
 from memopt import _graph as g
 from memopt._contract import Store
 
@@ -42,7 +42,8 @@ def apply(
       ValueError: a form has effects, or does not give back the shape and dtype of its value.
     """
     builder = _Builder(graph, repeats, stores or {})
-    body = builder.region(graph.top)
+    body = builder.region(graph.top, None)
+    builder.finish(body)
     base = c.open_jaxpr(graph.closed)
     jaxpr = c.without_dead(c.rebuild(base, outvars=body.outs, eqns=body.eqns))
     return c.close(jaxpr, c.jaxpr_consts(graph.closed)), builder.bin_of
@@ -51,17 +52,19 @@ def apply(
 class _Body:
     """One region while it is built anew."""
 
-    def __init__(self, region: g.Region):
+    def __init__(self, region: g.Region, parent: _Body | None):
         self.region = region
+        self.parent = parent  # the body that holds what this one is a body of
         self.eqns: list[Any] = []
         self.local = dict(region.held)  # value of a source region -> the variable that brings it into this body
         self.clones: dict[int, tuple[int, Any]] = {}  # value -> first segment of its latest repeat, its variable
         self.decoded: dict[int, tuple[int, Any]] = {}  # value -> segment where it was read back last, its variable
         self.leaves: dict[int, list[Any]] = {}  # value of a source region -> what brings its leaves into this body
-        self.new_consts: list[tuple[Any, Any]] = []  # (variable, value outside or a literal)
-        self.new_xs: list[tuple[Any, Any]] = []  # (variable, value outside, a literal or the stacked variable itself)
+        self.new_consts: list[tuple[Any, Any]] = []  # (variable, value outside, a literal or the variable itself)
+        self.new_xs: list[tuple[Any, Any]] = []  # and those that come in as slices
+        self.lifted: dict[Any, Any] = {}  # variable of a source region -> the variable that brings it into this body
         self.outs: list[Any] = []
-        self.pending: list[tuple[int, g.Op, _Body]] = []  # loops whose outputs are settled when the region is done
+        self.pending: list[tuple[int, g.Op, list[_Body]]] = []  # operations whose bodies are settled when all are built
         self.latest: Any = None  # the variable made last by an original operation that XLA materialises
 
     @property
@@ -76,21 +79,30 @@ class _Builder:
         self.chains = _segments.chains(graph, repeats)
         self.forms = _forms.Forms(graph, stores, frozenset().union(*repeats.values()))
         self.leaves: dict[int, list[Any]] = {}  # stored value -> the leaves where it is made
-        self.extra: dict[int, dict[Any, Any]] = {}  # loop -> {body variable: variable of its new stack}
+        self.extra: dict[int, dict[Any, Any]] = {}  # operation -> {body variable: what hands it out, a new variable}
+        self.home: dict[Any, int] = {}  # body variable that is handed out anew -> its region
         self.bin_of: dict[Any, int] = {}
         self.settled, _ = _settled.tables(graph)
 
-    def region(self, region: g.Region) -> _Body:
-        body = _Body(region)
+    def region(self, region: g.Region, parent: _Body | None) -> _Body:
+        body = _Body(region, parent)
         for value in self.forms.of:
             if self.graph.values[value].op is None and self.graph.values[value].region == region.id:
                 self._encode(body, value)
         self._ops(body)
         outvars = c.open_jaxpr(region.jaxpr).outvars
         body.outs = [v if o is None else self._out(body, o) for v, o in zip(outvars, region.outs, strict=True)]
-        for position, op, inner in body.pending:
-            body.eqns[position] = self._finish_loop(body.eqns[position], op, inner)
         return body
+
+    def finish(self, body: _Body) -> None:
+        """Give what has bodies its new operands and results, once it is known what later bodies ask of them."""
+        for position, op, inner in body.pending:
+            for one in inner:
+                self.finish(one)
+            eqn = body.eqns[position]
+            extra = {var: (self.home[var], out) for var, out in self.extra.get(op.id, {}).items()}
+            if extra or any(map(_changed, inner)):
+                body.eqns[position] = _handover.rebuild(eqn, op, inner, extra)
 
     def _out(self, body: _Body, value: int) -> Any:
         """Return the variable of a region's output: what is made here is handed out itself, not read back."""
@@ -128,7 +140,9 @@ class _Builder:
             for i, (v, o) in enumerate(zip(eqn.invars, op.inputs, strict=True))
         ]
         if op.bodies:
-            eqn = self._with_bodies(body, op, invars)
+            inner = [self.region(r, body) for r in op.bodies]
+            eqn = self._with_operands(body, op, invars, inner)
+            body.pending.append((len(body.eqns), op, inner))
         elif any(a is not b for a, b in zip(invars, eqn.invars, strict=True)):
             eqn = c.replace_eqn(eqn, invars=invars)
         body.eqns.append(eqn)
@@ -136,44 +150,14 @@ class _Builder:
             if value in self.forms.of:
                 self._encode(body, value)
 
-    def _with_bodies(self, body: _Body, op: g.Op, invars: list[Any]) -> Any:
-        inner = [self.region(r) for r in op.bodies]
-        name = op.eqn.primitive.name
-        if name == "scan":
-            eqn = self._loop(body, op, invars, inner[0])
-            body.pending.append((len(body.eqns), op, inner[0]))
-            return eqn
-        if not any(_changed(b) for b in inner):
-            return c.replace_eqn(op.eqn, invars=invars)
-        key = g._BODY_PRIMITIVES[name]
-        new = tuple(_closed_like(b.region.jaxpr, b, b.outs) for b in inner)
-        params = dict(op.eqn.params, **{key: new if isinstance(op.eqn.params[key], tuple) else new[0]})
-        return c.replace_eqn(op.eqn, invars=invars, params=params)
+    def _with_operands(self, body: _Body, op: g.Op, invars: list[Any], inner: list[_Body]) -> Any:
+        """Return an equation with its new operands; its bodies follow in `finish`."""
+        consts = [self._outside_of(body, o, op) for one in inner for _, o in one.new_consts]
+        xs = [self._outside_of(body, o, op) for one in inner for _, o in one.new_xs]
+        return c.replace_eqn(op.eqn, invars=_handover.operands(op, invars, consts, xs))
 
-    def _loop(self, body: _Body, op: g.Op, invars: list[Any], inner: _Body) -> Any:
-        """Return the loop's equation with its new operands; its body follows in `_finish_loop`."""
-        num_consts, num_carry = c.scan_layout(op.eqn)
-        first_xs = num_consts + num_carry
-        consts = [v for i, v in enumerate(invars[:num_consts]) if i not in op.mapped]
-        consts += [self._read(body, o, op.bin, op) if isinstance(o, int) else o for _, o in inner.new_consts]
-        xs = [v for i, v in enumerate(invars) if i >= first_xs and i not in op.mapped]
-        xs += [self._read(body, o, op.bin, op) if isinstance(o, int) else o for _, o in inner.new_xs]
-        return c.replace_eqn(op.eqn, invars=consts + invars[num_consts:first_xs] + xs)
-
-    def _finish_loop(self, eqn: Any, op: g.Op, inner: _Body) -> Any:
-        extra = self.extra.get(op.id, {})
-        if not extra and not _changed(inner):
-            return eqn
-        num_consts, num_carry = c.scan_layout(op.eqn)
-        first_xs = num_consts + num_carry
-        old = c.open_jaxpr(op.bodies[0].jaxpr).invars
-        consts = [v for i, v in enumerate(old[:num_consts]) if i not in op.mapped] + [v for v, _ in inner.new_consts]
-        xs = [v for i, v in enumerate(old) if i >= first_xs and i not in op.mapped] + [v for v, _ in inner.new_xs]
-        outs = inner.outs + list(extra)
-        invars = consts + list(old[num_consts:first_xs]) + xs
-        jaxpr = _closed_like(op.bodies[0].jaxpr, inner, outs, invars)
-        params = c.scan_params(op.eqn, jaxpr, len(consts), num_carry)
-        return c.replace_eqn(eqn, outvars=[*eqn.outvars, *extra.values()], params=params, effects=eqn.effects)
+    def _outside_of(self, body: _Body, outer: Any, op: g.Op) -> Any:
+        return self._read(body, outer, op.bin, op) if isinstance(outer, int) else outer
 
     def _read(self, body: _Body, value: int, segment: int, reader: g.Op | None) -> Any:
         """Return the variable that holds a value for a reader in this segment, repeated or read back where planned."""
@@ -234,17 +218,13 @@ class _Builder:
         if item.region == body.region.id:
             return self.leaves[value]
         if value not in body.leaves:
-            maker = self.graph.regions[item.region].op
-            body.leaves[value] = [self._bring_leaf(body, maker, item, v) for v in self.leaves[value]]
+            body.leaves[value] = [self._bring_leaf(body, item, v) for v in self.leaves[value]]
         return body.leaves[value]
 
-    def _bring_leaf(self, body: _Body, maker: g.Op, item: g.Value, leaf: Any) -> Any:
+    def _bring_leaf(self, body: _Body, item: g.Value, leaf: Any) -> Any:
         if isinstance(leaf, c.Literal):
             return leaf
-        var = c.Var(leaf.aval)
-        stack = self._stack(maker, item) if leaf is item.var else self._new_stack(maker, leaf)
-        body.new_xs.append((var, stack))
-        return var
+        return self._bring(body, item) if leaf is item.var else self._import(body, item.region, leaf)
 
     def _clone(self, body: _Body, value: int, segment: int) -> Any | None:
         """Return the variable of a repeat that this segment shares with an earlier one, if there is one."""
@@ -252,31 +232,40 @@ class _Builder:
         return var if first == self.chains[self.graph.values[value].op.id, segment] else None
 
     def _bring(self, body: _Body, item: g.Value) -> Any:
-        """Make a source region's value readable in this body: by constant, by slice, or by a stack of it."""
-        var = c.Var(item.aval)
+        """Make a source region's value readable in this body: by constant, by slice, or by what hands it out there."""
         maker = self.graph.regions[item.region].op
         if item.kind in (g.CONST_IN, g.XS_IN):
             outer = maker.inputs[item.operand]
-            new = body.new_consts if item.kind == g.CONST_IN else body.new_xs
-            new.append((var, maker.eqn.invars[item.operand] if outer is None else outer))
-        elif item.kind == g.INVAR:
-            raise AssertionError("a closed-over constant of a loop body was not hoisted")
-        else:
-            body.new_xs.append((var, self._stack(maker, item)))
+            atom = maker.eqn.invars[item.operand] if outer is None else outer
+            return self._new_input(body, item.aval, atom, item.kind == g.XS_IN)
+        if item.kind == g.INVAR:
+            raise AssertionError("a closed-over constant of a body was not hoisted")
+        position = self.graph.out_position(maker, item.id)
+        if position is None or isinstance(maker.eqn.outvars[position], c.DropVar):
+            return self._import(body, item.region, item.var)
+        here = maker.region == body.parent.region.id
+        atom = maker.eqn.outvars[position] if here else maker.outputs[position]
+        return self._new_input(body, item.aval, atom, _handover.slices(maker.eqn))
+
+    def _new_input(self, body: _Body, aval: Any, outer: Any, sliced: bool) -> Any:
+        var = c.Var(aval)
+        (body.new_xs if sliced else body.new_consts).append((var, outer))
         return var
 
-    def _stack(self, maker: g.Op, item: g.Value) -> Any:
-        position = self.graph.out_position(maker, item.id)
-        if position is not None and not isinstance(maker.eqn.outvars[position], c.DropVar):
-            return maker.eqn.outvars[position]
-        return self._new_stack(maker, item.var)
-
-    def _new_stack(self, maker: g.Op, var: Any) -> Any:
-        extra = self.extra.setdefault(maker.id, {})
-        if var not in extra:
-            extra[var] = c.Var(c.stacked_aval(var.aval, maker.eqn.params["length"]))
-            self.bin_of[extra[var]] = maker.bin
-        return extra[var]
+    def _import(self, body: _Body, home: int, var: Any) -> Any:
+        """Return what brings a variable of a source region into this body, handed out by its operation for that."""
+        if body.region.id == home:
+            return var
+        if var not in body.lifted:
+            maker = self.graph.regions[home].op
+            extra = self.extra.setdefault(maker.id, {})
+            if var not in extra:
+                extra[var] = c.Var(_handover.handed_aval(maker.eqn, var.aval))
+                self.home[var] = home
+                self.bin_of[extra[var]] = maker.bin
+            outer = self._import(body.parent, maker.region, extra[var])
+            body.lifted[var] = self._new_input(body, var.aval, outer, _handover.slices(maker.eqn))
+        return body.lifted[var]
 
     def _repeat(self, body: _Body, op: g.Op, segment: int, value: int, reader: g.Op | None) -> Any:
         """Run an operation again here, with all planned repeats that it needs, as one guarded batch."""
@@ -355,8 +344,3 @@ def _changed(body: _Body) -> bool:
         return True
     old = c.open_jaxpr(body.region.jaxpr)
     return len(old.eqns) != len(body.eqns) or any(a is not b for a, b in zip(old.eqns, body.eqns, strict=True))
-
-
-def _closed_like(old: Any, body: _Body, outs: list[Any], invars: list[Any] | None = None) -> Any:
-    jaxpr = c.rebuild(c.open_jaxpr(old), invars=invars, outvars=outs, eqns=body.eqns)
-    return c.close(jaxpr, c.jaxpr_consts(old)) if isinstance(old, c.ClosedJaxpr) else jaxpr

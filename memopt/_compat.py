@@ -86,6 +86,20 @@ def subjaxprs(params: dict[str, Any]) -> list[tuple[str, int | None, Any]]:
     return found
 
 
+def map_bodies(eqn: JaxprEqn, change: Callable[[Any], Any]) -> JaxprEqn:
+    """Return the equation with `change` made to each jaxpr in its parameters; the very same where none changes."""
+    bodies = [(key, place, body, change(body)) for key, place, body in subjaxprs(eqn.params)]
+    if all(new is old for _, _, old, new in bodies):
+        return eqn
+    params = dict(eqn.params)
+    for key, place, _, new in bodies:
+        if place is None:
+            params[key] = new
+        else:
+            params[key] = type(eqn.params[key])([*params[key][:place], new, *params[key][place + 1 :]])
+    return replace_eqn(eqn, params=params)
+
+
 def scan_layout(eqn: JaxprEqn) -> tuple[int, int]:
     """Return `(number of constants, number of carries)` of a `scan` equation."""
     if _flattree is None or "num_consts" in eqn.params:

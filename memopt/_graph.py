@@ -1,9 +1,10 @@
 """The survey of the house: every value and operation of a step, with its home, in one numbered graph.
 
 In: an inlined closed jaxpr. Out: a `Graph` of regions (the top level and each loop, branch or `shard_map` body),
-operations and values, in which equal computations are one value (value numbering), and in which a loop that reads what
-another loop stacked is paired with it: inside the reading body, a slice of the stack *is* the other body's value, so a
-user's own recomputation there and the original become one node. It measures and decides nothing, and changes no jaxpr.
+operations and values, in which equal computations are one value (value numbering), and in which what reads residuals of
+an earlier loop or branch is paired with it (`_paired`): inside the reading body, a slice of the stack *is* the other
+body's value, so a user's own recomputation there and the original become one node. It measures and decides nothing, and
+changes no jaxpr.
 """
 
 from __future__ import annotations
@@ -11,11 +12,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from memopt import _carried
+from memopt import _carried, _paired
 from memopt import _compat as c
 
-INVAR, CONST_IN, CARRY_IN, XS_IN, MADE = "input", "loop constant", "loop carry", "loop slice", "made"
-_BODY_PRIMITIVES = {"scan": "jaxpr", "while": "body_jaxpr", "cond": "branches", "shard_map": "jaxpr"}
+INVAR, CONST_IN, CARRY_IN, XS_IN, MADE = "input", "body's constant", "loop carry", "loop slice", "made"
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -27,7 +27,7 @@ class Value:
     region: int
     kind: str
     op: Op | None = None  # the operation that makes it (kind MADE)
-    operand: int | None = None  # position among the loop's operands (kinds CONST_IN, CARRY_IN, XS_IN)
+    operand: int | None = None  # position among the operands of what has the body (kinds CONST_IN, CARRY_IN, XS_IN)
 
     @property
     def aval(self) -> Any:
@@ -46,7 +46,7 @@ class Op:
     outputs: tuple[int, ...]
     bodies: list[Region] = dataclasses.field(default_factory=list)
     mapped: frozenset[int] = frozenset()  # operand positions that the body reads through its source regions instead
-    feeds: list[Op] = dataclasses.field(default_factory=list)  # later loops whose body reads this loop's body
+    feeds: list[Op] = dataclasses.field(default_factory=list)  # later operations whose bodies read this one's bodies
     bin: int = -1  # the time segment it runs in, numbered over all regions
     twins: list[tuple[int, Any]] = dataclasses.field(default_factory=list)  # regions, equations that are one with it
 
@@ -75,13 +75,15 @@ class Graph:
 
     Args:
       closed: closed jaxpr, inlined (`memopt._inline.inline`).
+      nested: whether a loop is paired with one in the body that the body around it reads, too.
 
     Values that are equal by construction share one id, within a region and between a loop body and the bodies that it
     feeds. `needs` of an operation are its `inputs` at positions that are not `mapped`.
     """
 
-    def __init__(self, closed: Any):
+    def __init__(self, closed: Any, *, nested: bool = True):
         self.closed = closed
+        self.nested = nested
         self.regions: list[Region] = []
         self.ops: list[Op] = []
         self.values: list[Value] = []
@@ -99,7 +101,8 @@ class Graph:
             region.env[var] = self._value(var, region.id, INVAR)
         for i, var in enumerate(jaxpr.invars):
             kind = INVAR if roles is None else roles[i]
-            region.env[var] = shared[i] if i in shared else self._value(var, region.id, kind, operand=i)
+            place = None if op is None else i + _paired.first_operand(op.eqn)
+            region.env[var] = shared[i] if i in shared else self._value(var, region.id, kind, operand=place)
         homes = {self.values[v].region for v in shared.values()}
         region.sources = sorted(homes - {region.id})
         tables = [region.numbers, *(self.regions[s].numbers for s in region.sources)]
@@ -141,69 +144,19 @@ class Graph:
         return not any(isinstance(self.values[o].var, c.DropVar) and not isinstance(v, c.DropVar) for o, v in pairs)
 
     def _bodies(self, region: Region, op: Op) -> None:
-        name = op.eqn.primitive.name
-        key = _BODY_PRIMITIVES.get(name)
-        if key is None:
+        found = _paired.bodies(op.eqn)
+        if not found:
             return
-        body = op.eqn.params[key]
-        if name == "scan":
-            self._scan_body(region, op, body)
-            return
-        for one in body if isinstance(body, tuple) else (body,):
-            op.bodies.append(self._region(one, region.id, op, region.trips, {}))
-
-    def _scan_body(self, region: Region, op: Op, body: Any) -> None:
-        num_consts, num_carry = c.scan_layout(op.eqn)
-        first_xs = num_consts + num_carry
-        roles = [CONST_IN] * num_consts + [CARRY_IN] * num_carry
-        roles += [XS_IN] * (len(op.inputs) - first_xs)
-        shared, makers = {}, []
-        for i in range(first_xs, len(op.inputs)):
-            found = self._stacked(region, op, op.inputs[i])
-            if found is not None:
-                shared[i] = found[0]
-                makers.append(found[1])
+        shared, makers = _paired.inputs_from(self, region, op)
         held: dict[Any, int] = {}
-        for maker in dict.fromkeys(makers):
-            self._share_operands(op, maker, shared, num_consts, first_xs)
-            self._share_rows(op, maker, held)
+        for maker in makers:
+            if op.eqn.primitive.name == "scan":
+                self._share_rows(op, maker, held)
             maker.feeds.append(op)
-        op.mapped = frozenset(shared)
-        trips = region.trips * op.eqn.params["length"]
-        op.bodies.append(self._region(body, region.id, op, trips, shared, roles, held))
-
-    def _stacked(self, region: Region, op: Op, operand: int | None) -> tuple[int, Op] | None:
-        """Return the body value that a scanned operand stacks, with the loop that made it, if it is such a stack."""
-        if operand is None or self.values[operand].region != region.id:
-            return None
-        maker = self.values[operand].op
-        if maker is None or maker.eqn.primitive.name != "scan" or not maker.bodies:
-            return None
-        if maker.eqn.params["length"] != op.eqn.params["length"]:
-            return None
-        position = maker.outputs.index(operand)
-        if position < c.scan_layout(maker.eqn)[1]:
-            return None
-        inner = maker.bodies[0].outs[position]
-        if inner is None or self.values[inner].region != maker.bodies[0].id:
-            return None
-        return inner, maker
-
-    def _share_operands(self, op: Op, maker: Op, shared: dict[int, int], num_consts: int, first_xs: int) -> None:
-        """Let constants and slices that both loops take from the same array be the maker's own values."""
-        maker_consts, maker_carry = c.scan_layout(maker.eqn)
-        body = maker.bodies[0]
-        invars = c.open_jaxpr(body.jaxpr).invars
-        known_consts = {v: i for i, v in enumerate(maker.inputs[:maker_consts]) if v is not None}
-        first = maker_consts + maker_carry
-        known_xs = {v: first + i for i, v in enumerate(maker.inputs[first:]) if v is not None}
-        for i, v in enumerate(op.inputs):
-            table = known_consts if i < num_consts else known_xs if i >= first_xs else {}
-            if i in shared or v is None or v not in table:
-                continue
-            inner = body.env[invars[table[v]]]
-            if self.values[inner].region == body.id:
-                shared[i] = inner
+        op.mapped = _paired.mapped(op, shared)
+        trips = region.trips * op.eqn.params.get("length", 1)
+        for one, known in zip(found, shared, strict=True):
+            op.bodies.append(self._region(one, region.id, op, trips, known, _roles(op, one), held))
 
     def _share_rows(self, op: Op, maker: Op, held: dict[Any, int]) -> None:
         """Let rows of carried stacks, as they were before the loop, be the maker's slices of the same arrays."""
@@ -225,10 +178,19 @@ class Graph:
         return maker is not None and maker.eqn.primitive.name == "iota" and len(self.values[value].aval.shape) == 1
 
     def out_position(self, maker: Op, inner: int) -> int | None:
-        """Return the position among a loop's outputs at which it already stacks this value of its body."""
-        start = c.scan_layout(maker.eqn)[1]
-        outs = maker.bodies[0].outs
+        """Return the position among an operation's outputs at which it hands out this value of a body already."""
+        start = c.scan_layout(maker.eqn)[1] if maker.eqn.primitive.name == "scan" else 0
+        outs = next(body.outs for body in maker.bodies if body.id == self.values[inner].region)
         return next((i for i in range(start, len(outs)) if outs[i] == inner), None)
+
+
+def _roles(op: Op, body: Any) -> list[str]:
+    """Return how each input of a body comes in."""
+    total = len(c.open_jaxpr(body).invars)
+    if op.eqn.primitive.name != "scan":
+        return [INVAR if op.eqn.primitive.name == "while" else CONST_IN] * total
+    num_consts, num_carry = c.scan_layout(op.eqn)
+    return [CONST_IN] * num_consts + [CARRY_IN] * num_carry + [XS_IN] * (total - num_consts - num_carry)
 
 
 def _number_key(eqn: Any, inputs: tuple[int | None, ...]) -> Any | None:

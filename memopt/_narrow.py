@@ -32,9 +32,8 @@ def _narrowed(base: Any) -> tuple[list[Any], bool]:
     out: list[Any] = []
     changed = False
     for eqn in base.eqns:
-        bodies = [(key, place, body, narrow(body)) for key, place, body in c.subjaxprs(eqn.params)]
-        if any(new is not old for _, _, old, new in bodies):
-            eqn, changed = c.replace_eqn(eqn, params=_with_bodies(eqn.params, bodies)), True
+        inside = c.map_bodies(eqn, narrow)
+        eqn, changed = inside, changed or inside is not eqn
         name = eqn.primitive.name
         if name == "convert_element_type" and _widens(eqn):
             casts[eqn.outvars[0]] = eqn
@@ -44,18 +43,6 @@ def _narrowed(base: Any) -> tuple[list[Any], bool]:
             continue
         out.append(eqn)
     return out, changed
-
-
-def _with_bodies(params: dict[str, Any], bodies: list[tuple]) -> dict[str, Any]:
-    found = dict(params)
-    for key, place, _, new in bodies:
-        if place is None:
-            found[key] = new
-        else:
-            items = list(found[key])
-            items[place] = new
-            found[key] = type(params[key])(items)
-    return found
 
 
 def _widens(eqn: Any) -> bool:

@@ -159,7 +159,9 @@ class Plan:
         for key, value in head:
             console.print(f"{key:<28}{value}")
         console.print(rows)
-        if self.variant:
+        if self.variant and self.variant[0] == "rerun":
+            console.print("- Inner loops run again in the body that reads them, so that their stacks are short-lived.")
+        elif self.variant:
             kind, index, block, levels = self.variant
             console.print(f"- The loop at equation {index} runs in {levels} levels, with blocks of {block} ({kind}).")
         for note in self.notes:

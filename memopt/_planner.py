@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _pairs, _rewrite, _saved, _search, _split
+from memopt import _pairs, _rerun, _rewrite, _saved, _search, _split
 from memopt._contract import Context
 from memopt._fingerprint import fingerprint
 from memopt._local import Shardings
@@ -168,17 +168,21 @@ def _uncollected() -> Iterator[None]:
 
 
 def _variants(step: Step, plain: Rung, rungs: Sequence[Rung]) -> list[_split.Variant]:
-    """List the loops to divide into levels: those whose carries, one for each trip, are much of what memory is left.
+    """List other forms of the loops: inner ones run again, and those divided into levels whose carries are much.
 
+    Much is a share of what memory is left, with one carry for each trip.
     Loops divided into two consecutive parts (`_divide`) are exact too, but XLA:TPU was measured to hold the first
     part's residuals twice: they are not planned.
     """
-    if step.local is not None or not step.repeatable or not rungs:
-        return []  # of divided loops with sharded arguments nothing is known yet
+    if not step.repeatable or not rungs:
+        return []
+    again = [_split.RERUN] if _rerun.has_nested(step.survey.graph) else []
+    if step.local is not None:
+        return again  # of divided loops with sharded arguments nothing is known yet
     least = min(r.predicted_peak_bytes for r in [plain, *rungs])
     carries = {path: pair.carry_bytes for path, pair in _pairs.find_all(c.open_jaxpr(step.flat))}
     found = [v for v in _split.candidates(step.flat) if v.kind == "two_level"]
-    return [v for v in found if carries.get(v.index, 0) >= _CARRIES * least]
+    return again + [v for v in found if carries.get(v.index, 0) >= _CARRIES * least]
 
 
 def ladder_of_plan(
@@ -205,6 +209,8 @@ def ladder_of_plan(
     step = build()
     if plan.variant:
         step = build(variant=_variant_of(plan, step))
+        if step.survey is None and passes:
+            raise _saved.damaged("variant", f"is {plan.variant}, and no loop of this step can be divided so")
     start += step.compile_seconds
     plan.check_fingerprint(step.fingerprint)
     plain = _search.plain_rung(step, donated)
@@ -218,6 +224,6 @@ def ladder_of_plan(
 def _variant_of(plan: Plan, step: Step) -> _split.Variant:
     """Return how a saved plan divides the loops of this step."""
     variant = _split.Variant(plan.variant[0], tuple(plan.variant[1]), *plan.variant[2:])
-    if variant not in _split.candidates(step.flat):
+    if variant not in (_split.RERUN, *_split.candidates(step.flat)):
         raise _saved.damaged("variant", f"is {plan.variant}, and no loop of this step can be divided so")
     return variant

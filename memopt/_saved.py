@@ -126,7 +126,7 @@ def _is_variant(value: Any) -> bool:
     if not isinstance(value, list) or len(value) != 4:
         return False
     kind, path, *counts = value
-    return kind in ("two_level", "divide") and _is_list(_is_count)(path) and all(map(_is_count, counts))
+    return kind in ("two_level", "divide", "rerun") and _is_list(_is_count)(path) and all(map(_is_count, counts))
 
 
 def _same(value: Any) -> Any:

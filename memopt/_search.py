@@ -84,13 +84,15 @@ class Search:
         self.seen: dict[Any, Rung] = {}
         self.cache: dict | None = {} if step.local is None else None  # what the timelines of its plans share
         self.undone_seconds = 0.0
-        kept = self.score(Choice({}))
-        self.undone_seconds = step.baseline_seconds - step.seconds(kept.closed)
-        kept.seconds -= self.undone_seconds
+        self.kept = self.score(Choice({}))
+        self.undone_seconds = step.baseline_seconds - step.seconds(self.kept.closed)
+        self.kept.seconds -= self.undone_seconds
+        if self.always:
+            self.seen.clear()  # what the user asked to run again is run again in every plan
 
     def run(self, *, refined: bool = True) -> list[Rung]:
         """Return all plans that were found; without `refined` those of the sweep alone."""
-        usage = self.score(Choice({})).usage
+        usage = self.kept.usage
         self.network = Network(
             self.survey, self.repeatable, usage > _HOT * usage.max(initial=0), self.step.always, self.step.stores
         )

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _divide, _pairs
+from memopt import _divide, _pairs, _rerun
 from memopt._pairs import Loop, Pair
 
 MOST_PAIRS = 2  # pairs of loops whose variants are offered, those with the most residual bytes
@@ -26,7 +26,7 @@ class Variant:
     """One way to rewrite one pair of loops of a step.
 
     Attributes:
-      kind: `"two_level"` or `"divide"`.
+      kind: `"two_level"`, `"divide"`, or `"rerun"` for all inner loops of paired outer ones (`_rerun`; no numbers).
       index: path of the forward loop: `(equation, body, equation, ..., equation)`, one number at the top level.
       parameter: block length, or the iteration at which the loop is divided.
       levels: levels of loops of a `"two_level"`, else 1.
@@ -36,6 +36,10 @@ class Variant:
     index: tuple[int, ...]
     parameter: int
     levels: int = 2
+
+
+#: Inner loops run again in the outer loop's reading body.
+RERUN = Variant("rerun", (), 0, 1)
 
 
 def candidates(closed: Any) -> list[Variant]:
@@ -62,6 +66,8 @@ def candidates(closed: Any) -> list[Variant]:
 
 def apply_variant(closed: Any, variant: Variant) -> Any | None:
     """Return the step with one of its pairs of loops rewritten, or None where that cannot be done exactly."""
+    if variant.kind == "rerun":
+        return _rerun.rerun(closed)
     if variant.kind == "divide":
         return _divide.divide(closed, variant.index, variant.parameter)
     return two_level(closed, variant.index, variant.parameter, levels=variant.levels)

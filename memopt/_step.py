@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _cost, _forms, _inline, _narrow, _rewrite, _saved, _segments, _sink, _specs, _split
+from memopt import _cost, _forms, _inline, _prepare, _rewrite, _saved, _segments, _specs, _split
 from memopt._contract import Context, Left, Repeat, Store
 from memopt._decisions import Names, decisions, settle
 from memopt._fingerprint import fingerprint, graph_digest
@@ -77,7 +77,7 @@ class Step:
     @functools.cached_property
     def flat(self) -> Any:
         """The step as it is surveyed, its loops divided; None where they cannot be."""
-        flat = _narrow.narrow(_sink.sink(self.outcome.closed))
+        flat = _prepare.prepare(self.outcome.closed)
         return flat if self.variant is None else _split.apply_variant(flat, self.variant)
 
     @property

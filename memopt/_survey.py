@@ -74,10 +74,7 @@ class Survey:
 
     def kept_bytes(self, value: int, place: int) -> int:
         """Return the bytes of keeping a value for this place: its own, or its stack's over the loop that makes it."""
-        item = self.graph.values[value]
-        if self.is_here(value, place):
-            return self._one[value]
-        return self._stack_bytes(item.id)
+        return self._one[value] if self.is_here(value, place) else self._handed(value, place)[2]
 
     def bytes_of_value(self, value: int) -> int:
         """Return the bytes of one such value, not of its stack."""
@@ -89,14 +86,47 @@ class Survey:
         if self.is_here(value, place):
             held = self._held_until.get(value, item.op.bin if item.op else place)
             return None if held >= place else (held + 1, place)
-        maker = self.graph.regions[item.region].op
-        last = self.region_of_bin[place].op.bin
+        maker, outer, _ = self._handed(value, place)
+        last = self._reader(place, maker).bin
         first = maker.bin
-        position = self.graph.out_position(maker, value)
-        if position is not None:
-            held = self._held_until.get(maker.outputs[position], -1)
+        if outer is not None:
+            held = self._held_until.get(outer, -1)
             first = max(first, held + 1)
         return None if first > last else (first, last)
+
+    def _reader(self, place: int, maker: g.Op) -> g.Op:
+        """Return the operation around a place that stands in one region with what makes a value read there."""
+        reader = self.region_of_bin[place].op
+        while reader.region != maker.region:
+            reader = self.graph.regions[reader.region].op
+        return reader
+
+    def _handed(self, value: int, place: int) -> tuple[g.Op, int | None, int]:
+        """Return how a value comes into another body, over as many levels of bodies as lie between.
+
+        Returns:
+          The operation that hands it out in a region that holds both bodies, its result that does so already (None:
+          there is none yet), and the bytes of that.
+        """
+        around = self.region_of_bin[place].op
+        regions = {around.region}
+        while self.graph.regions[around.region].op is not None:
+            around = self.graph.regions[around.region].op
+            regions.add(around.region)
+        return self._handed_to(value, frozenset(regions))
+
+    @functools.cache  # noqa: B019 (a survey lives as long as its ladder)
+    def _handed_to(self, value: int, regions: frozenset[int]) -> tuple[g.Op, int | None, int]:
+        home, aval, outer = self.graph.values[value].region, self.aval_of(value), value
+        while True:
+            maker = self.graph.regions[home].op
+            if maker.eqn.primitive.name == "scan":
+                aval = c.stacked_aval(aval, maker.eqn.params["length"])
+            position = None if outer is None else self.graph.out_position(maker, outer)
+            outer = None if position is None else maker.outputs[position]
+            if maker.region in regions:
+                return maker, outer, self.bytes_of(aval)
+            home = maker.region
 
     def keep_seconds(self, value: int, place: int) -> float:
         """Return the seconds of writing a kept value and reading it back, beyond what its operation takes anyway.
@@ -168,12 +198,6 @@ class Survey:
     @functools.cached_property
     def _one(self) -> list[int]:
         return [self.bytes_of(self.aval_of(v.id)) for v in self.graph.values]
-
-    @functools.cache  # noqa: B019 (a survey lives as long as its ladder)
-    def _stack_bytes(self, value: int) -> int:
-        item = self.graph.values[value]
-        length = self.graph.regions[item.region].op.eqn.params["length"]
-        return self.bytes_of(c.stacked_aval(self.aval_of(value), length))
 
     def _repeated_bytes(self) -> list[int]:
         """Count a repeated value's bytes where its operation is one that XLA materialises, else nothing."""

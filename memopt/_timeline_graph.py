@@ -73,6 +73,7 @@ class Graph:
         self.inputs: list[int] = []
         self.outputs: list[int] = []
         self.forced: set[int] = set()
+        self.pinned: dict[int, int] = {}  # values that are made before this operation, as a barrier there asks
         self.number: dict[Any, int] = {}
         self.padding: dict[int, float] = {}  # bytes in memory over bytes, where a kernel asks for a layout
         self.wide: list[int] = []  # float32 values that operations make
@@ -232,6 +233,7 @@ def _alias(graph: Graph, eqn: Any, fact: Fact, env: dict[Any, int], ins: list[in
         env[var] = value
         if fact.name == "optimization_barrier":
             graph.forced.add(value)
+            graph.pinned.setdefault(value, len(graph.ops))
         elif fact.name != "random_wrap" and fact.name != "random_unwrap":
             graph.bytes[value] = _view_bytes(graph, value, size)
     return True

@@ -39,7 +39,7 @@ def live_bytes(buffers: Sequence[Buffer], length: int, *, first: bool = False) -
     return list(itertools.accumulate(change[: length + 1]))
 
 
-def without_fast_memory(buffers: Sequence[Buffer], length: int, capacity: int, patience: int = 200) -> list[Buffer]:
+def without_fast_memory(buffers: Sequence[Buffer], length: int, capacity: int, patience: int = 40) -> list[Buffer]:
     """Return the buffers that stay in main memory when the shortest-lived ones go to a fast memory of `capacity` bytes.
 
     Buffers that live longer than `patience` steps are written back to main memory at once and stay.

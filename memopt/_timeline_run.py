@@ -80,6 +80,8 @@ class Run:
                 continue
             if min(graph.uses[op.outs[0]], default=len(graph.ops)) < loop or op.outs[0] in fusion.outputs:
                 continue
+            if graph.pinned.get(op.outs[0], len(graph.ops)) <= loop:
+                continue
             dying = {fusion.base[v] for v in op.ins if v >= 0} & fusion.stored
             dying = [v for v in dying if fusion.last[v] < loop and graph.maker[v] >= 0]
             gain = sum(graph.bytes[v] for v in dying) - graph.bytes[op.outs[0]]

@@ -92,7 +92,7 @@ def _rows(x: Any) -> Callable[[int], Any]:
 
 def _stack(rows: list[Any], aval: Any) -> Any:
     if not rows:
-        return np.zeros(aval.shape, aval.dtype)
+        return jnp.zeros(aval.shape, aval.dtype)  # also of keys
     return jnp.stack(rows) if _is_key(rows[0]) else np.stack([np.asarray(r) for r in rows])
 
 

@@ -137,7 +137,14 @@ def depth(seed: int) -> dict[str, bool]:
 
 
 def through_optimize(optimize: Callable[..., Any], seed: int, budget: str) -> rewrite_checks.Rewrite:
-    """Return a rewrite that ignores its jaxpr and traces the program of ``seed`` through ``memopt.optimize``."""
+    """Return a rewrite that ignores its jaxpr and traces the program of ``seed`` through ``memopt.optimize``.
+
+    The budget ``"smallest"`` is the smallest peak on the step's frontier: these programs are so small that a share of
+    the plain peak is mostly met by no plan, or by the plain step.
+    """
     program = make_program(seed)
-    step = optimize(program.fn, budget=budget, donate_argnums=program.donate_argnums)
+    step = optimize(program.fn, budget=budget.replace("smallest", "100%"), donate_argnums=program.donate_argnums)
+    if budget == "smallest":
+        least = min(point.peak_bytes for point in step.frontier(*program.args))
+        step = optimize(program.fn, budget=least, donate_argnums=program.donate_argnums)
     return lambda closed: step.trace(*program.args).jaxpr

@@ -82,6 +82,14 @@ def test_wrong_rewrites_are_caught(damage):
     assert changed >= 7 and caught >= changed - 1  # what is dropped may be zero: in seed 8 nothing changes
 
 
+def test_keys_stacked_by_a_loop_of_no_trips():
+    closed = jax.make_jaxpr(lambda k: jax.lax.scan(lambda h, k: (h, k), jax.numpy.float32(0), k)[1])(
+        jax.random.split(jax.random.key(0), 0)
+    )
+    (keys,) = eager.evaluate(closed, jax.random.split(jax.random.key(0), 0))
+    assert keys.shape == (0,) and keys.dtype == jax.random.key(0).dtype
+
+
 def test_wrong_types_are_caught():
     def swap_results(closed):
         return jex.ClosedJaxpr(closed.jaxpr.replace(outvars=closed.jaxpr.outvars[::-1]), closed.consts)
