@@ -7,18 +7,32 @@ activations and weights, and a row of the plan for each kind of leaf. XLA's own 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from jax.sharding import Mesh, NamedSharding
 
 from memopt._contract import Context, Left, Repeat, Rewritten
+from memopt._errors import format_bytes
 from memopt._local import Shardings, spec_of
 from memopt._plan import Decision
 from memopt._specs import spec_for
 from memopt._survey import Survey
 from memopt._target import Target
-from memopt.passes import _shard_apply, _shard_flow, _shard_places, _shard_roles, _shard_rules, _shard_tensor
+from memopt.passes import (
+    _shard_apply,
+    _shard_auto,
+    _shard_cost,
+    _shard_flow,
+    _shard_places,
+    _shard_roles,
+    _shard_rules,
+    _shard_tensor,
+)
+
+#: Candidates of `"auto"` that the plan prints beside the chosen one.
+_RUNNERS_UP = 6
 
 _KINDS = (_shard_roles.PARAMETER, _shard_roles.MOMENT, _shard_roles.BATCH, _shard_roles.OTHER)
 
@@ -41,6 +55,8 @@ class Shard:
         columns and rows, the vocabulary among them), `"sequence"` (the sequence, between the parts of `"tensor"`),
         `"context"` (the sequence everywhere; keys and values are brought together for attention). In a string,
         axes named `model`, `tensor` or `context` go to these parts, else the last ones; all others are for data.
+        `"auto"` takes the mesh's devices, not its axes, and searches over strategies and mesh shapes: the quickest
+        predicted one (collectives on the mesh's links, and what the cut repeats) among those that fit the device.
       least_elements: smaller leaves are not split for storage.
 
     Raises:
@@ -74,7 +90,8 @@ class Shard:
         if isinstance(self.strategy, Mapping):
             pairs = ((k, v if isinstance(v, (str, type(None))) else tuple(v)) for k, v in self.strategy.items())
             object.__setattr__(self, "strategy", tuple(sorted(pairs)))
-        _shard_rules.layout(self.mesh, self._asked)
+        if self.strategy != "auto":
+            _shard_rules.layout(self.mesh, self._asked)
 
     @property
     def name(self) -> str:
@@ -94,7 +111,26 @@ class Shard:
         """Return the step with sharding constraints on the mesh."""
         flow = _shard_flow.Flow(closed)
         roles = _shard_roles.roles(flow, context.paths, context.out_paths)
-        rules = self._rules(flow, roles, context)
+        groups = _shard_flow.Groups(flow)
+        if self.strategy != "auto":
+            return self._apply(closed, context, flow, roles, groups)[0]
+        make = functools.partial(self._try, closed, context, flow, roles, groups)
+        best, *others = _shard_auto.search(self.mesh, make, context)
+        if best.rewritten is None:
+            raise ValueError(f"No sharding strategy applies to this step on {self.mesh.size} devices: {best.why}")
+        rows = (_auto_row(best, chosen=True), *best.rewritten.rows, *(_auto_row(one) for one in others[:_RUNNERS_UP]))
+        return dataclasses.replace(best.rewritten, rows=rows)
+
+    def _try(self, closed: Any, context: Context, flow: Any, roles: Any, groups: Any, one: Any) -> None:
+        """Fill in a candidate of the search."""
+        shard = dataclasses.replace(self, mesh=one.mesh, strategy=one.strategy)
+        one.rewritten, rules, found = shard._apply(closed, context, flow, roles, groups)
+        pairs = zip(flow.jaxpr.invars, found.inputs, strict=True)
+        one.state_bytes = sum(_bytes(var) // _ways(rules, spec) for var, spec in pairs)
+        one.collective_seconds = _shard_cost.collective_seconds(flow, rules, found, context.target)
+
+    def _apply(self, closed: Any, context: Context, flow: Any, roles: Any, groups: Any) -> tuple[Rewritten, Any, Any]:
+        rules = self._rules(flow, roles, context, groups)
         found = _shard_places.places(flow, roles, rules)
         _keep_users(found, flow, roles, context)
         closed = _shard_apply.constrain(closed, self._auto_mesh, found.made, found.used, found.results)
@@ -102,7 +138,7 @@ class Shard:
         inputs = tuple(_shard_apply.named(mesh, spec) for spec in found.inputs)
         outputs = tuple(None if spec is None else _shard_apply.named(mesh, spec) for spec in found.outputs)
         rows, left = tuple(_rows(flow, roles, rules, found)), tuple(_left(flow, roles, found, context))
-        return Rewritten(closed, rows, left, shardings=Shardings(inputs, outputs))
+        return Rewritten(closed, rows, left, shardings=Shardings(inputs, outputs)), rules, found
 
     def propose(self, survey: Survey) -> Iterator[Repeat]:
         """Yield a `Repeat` for each constraint, so that weights may be gathered again for the backward pass."""
@@ -110,9 +146,9 @@ class Shard:
             if op.eqn.primitive.name == "sharding_constraint":
                 yield Repeat(op.id, survey.repeat_seconds[op.id])
 
-    def _rules(self, flow: Any, roles: Any, context: Context) -> _shard_rules.Rules:
+    def _rules(self, flow: Any, roles: Any, context: Context, groups: Any = None) -> _shard_rules.Rules:
         layout = _shard_rules.layout(self.mesh, self._asked)
-        groups = _shard_flow.Groups(flow)
+        groups = _shard_flow.Groups(flow) if groups is None else groups
         platform = context.target.platform
         rules = _shard_rules.Rules(
             flow, groups, roles, self.mesh.shape, layout, platform, least_elements=self.least_elements
@@ -124,6 +160,18 @@ class Shard:
             chosen = _shard_tensor.tensor_groups(flow, groups, roles, ways, taken, spec)
             rules.tensor.update(dict.fromkeys(chosen, layout.tensor))
         return rules
+
+
+def _auto_row(one: _shard_auto.Candidate, *, chosen: bool = False) -> Decision:
+    """Return what the plan says of a candidate."""
+    if one.rewritten is None:
+        return Decision(f"shard/auto/{one.title}", "", "", 0, "cannot apply", one.why)
+    sent = f"collectives {one.collective_seconds * 1e3:.3g} ms, arguments {format_bytes(one.state_bytes)} a device"
+    if one.peak_bytes is None:
+        return Decision(f"shard/auto/{one.title}", "", "", 0, "runner-up", f"{sent}; not planned")
+    fits = "fits" if one.fits else "does not fit"
+    reason = f"{sent}; peak {format_bytes(one.peak_bytes)} predicted, {fits}, {one.seconds * 1e3:.3g} ms with repeats"
+    return Decision(f"shard/auto/{one.title}", "", "", one.peak_bytes, "chosen" if chosen else "runner-up", reason)
 
 
 def _keep_users(found: _shard_places.Places, flow: Any, roles: Any, context: Context) -> None:

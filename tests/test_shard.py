@@ -14,7 +14,7 @@ from memopt._collectives import totals
 from memopt._contract import Context
 from memopt._target import Target
 from memopt.models.steps import concrete, reference_step
-from memopt.passes import Shard, _shard_flow, _shard_places, _shard_roles
+from memopt.passes import Shard, _shard_auto, _shard_flow, _shard_places, _shard_roles
 
 pytestmark = pytest.mark.loose_promotion
 
@@ -335,3 +335,24 @@ def test_places_hold_no_activations_without_a_batch_axis():
     rules = Shard(mesh_of("tensor"), "tensor")._rules(flow, roles, context)
     found = _shard_places.places(flow, roles, rules)
     assert not any("data" in axes for specs in found.made.values() for spec in specs for axes in spec)
+
+
+def test_auto_takes_the_quickest_that_fits_and_shows_the_runners_up():
+    fn, args = make_step()
+    step = memopt.optimize(fn, passes=[Shard(mesh_of("data"), "auto", least_elements=64)])
+    rows = [d for d in step.plan(*args).decisions if d.name.startswith("shard/auto/")]
+    assert [d.choice for d in rows].count("chosen") == 1 and len(rows) > 3
+    sent = [float(d.reason.split()[1]) for d in rows if "collectives" in d.reason]
+    assert sent[0] <= min(float(d.reason.split()[1]) for d in rows if "not planned" in d.reason)
+
+
+def test_auto_takes_less_memory_where_the_quickest_does_not_fit(monkeypatch):
+    fn, args = make_step()
+    passes = [Shard(mesh_of("data"), "auto", least_elements=64)]
+    free = memopt.optimize(fn, passes=passes).plan(*args)
+    chosen = {d.name: d for d in free.decisions if d.name.startswith("shard/auto/")}
+    limit = next(d for d in chosen.values() if d.choice == "chosen").value_bytes - 1
+    monkeypatch.setattr(_shard_auto, "limit_bytes", lambda target: limit)
+    tight = memopt.optimize(fn, passes=passes).plan(*args)
+    best = next(d for d in tight.decisions if d.choice == "chosen")
+    assert best.value_bytes <= limit and "fits" in best.reason and "does not" not in best.reason
