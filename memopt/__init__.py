@@ -4,6 +4,7 @@ Put `@memopt.optimize(budget=...)` on a training step. It is traced, planned and
 set of shapes, and runs like a `jax.jit` function from then on.
 """
 
+from memopt import optim as optim
 from memopt import passes as passes
 from memopt._collectives import collectives as collectives
 from memopt._cost import matmul_flops as matmul_flops
@@ -41,6 +42,7 @@ __all__ = [
     "matmul_flops",
     "measure",
     "mesh",
+    "optim",
     "optimize",
     "passes",
     "recompute",
