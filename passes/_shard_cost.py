@@ -64,11 +64,15 @@ def _summed(eqn: Any, rules: Rules, found: Places, trips: int) -> Iterator[tuple
     out = eqn.outvars[0]
     made = found.made.get(out, ())
     stored = {a for axes in (made[-1] if made else ()) for a in axes}
-    read = {a for v in eqn.invars if is_var(v) for axes in rules.value(v) for a in axes}
-    spec = rules.value(out)
-    kept = {a for axes in spec for a in axes}
-    for axis in sorted(read - kept):
+    own = set(rules.groups.all_of(out))
+    summed = set()
+    for v in filter(is_var, eqn.invars):
+        pairs = zip(rules.groups.all_of(v), rules.value(v), strict=True)
+        summed |= {axis for group, axes in pairs if group not in own for axis in axes}
+    spec = tuple(tuple(a for a in axes if a not in summed) for axes in rules.value(out))
+    for axis in sorted(summed):  # where the sequence is split between, the sum is scattered and gathered again
         scattered = axis in stored or (axis in rules.layout.gradients and _is_gradient(out, rules))
+        scattered = scattered and axis not in rules.layout.sequence
         yield (axis,), (1 if scattered else 2) * _local(out, spec, rules) * _share((axis,), rules) * trips
 
 
