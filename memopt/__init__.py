@@ -6,6 +6,7 @@ set of shapes, and runs like a `jax.jit` function from then on.
 
 from memopt import optim as optim
 from memopt import passes as passes
+from memopt._collectives import collectives as collectives
 from memopt._cost import matmul_flops as matmul_flops
 from memopt._errors import BudgetError as BudgetError
 from memopt._errors import TargetError as TargetError
@@ -34,6 +35,7 @@ __all__ = [
     "Plan",
     "Plans",
     "TargetError",
+    "collectives",
     "explain",
     "keep",
     "largest",

@@ -144,12 +144,15 @@ class Rewritten:
       rows: what was done, as rows of the plan.
       left: what was left as it was, and why.
       error: largest relative error of a result, as the pass states it; 0.0 where only sums are reassociated.
+      shardings: those that the arguments and results have to have (`memopt._local.Shardings`), where the rewrite
+        decides them; None leaves them as they are.
     """
 
     closed: Any
     rows: tuple[Decision, ...] = ()
     left: tuple[Left, ...] = ()
     error: float = 0.0
+    shardings: Any = None
 
 
 @runtime_checkable

@@ -90,7 +90,7 @@ class Core:
         if self.settings.verify:
             return settle(program, args, kwargs)
         keep_shardings(program)
-        program.run = program.jitted(program.index)
+        program.run = program.caller
         return None
 
     def _tell_unplanned(self) -> None:
@@ -114,6 +114,10 @@ class Core:
         except TypeError:  # an unhashable static argument, or no JAX type: JAX's own trace says which
             self._trace(args, kwargs)
             raise
+        if found is None:
+            found = next((one for one in self._programs.values() if one.takes(signature)), None)
+            if found is not None:
+                self._programs[signature.key()] = found
         if found is None:
             if not self.pure and _nnx.has_objects((args, kwargs)):
                 raise NeedsNnx

@@ -75,6 +75,10 @@ class Twins:
         params = eqn.params
         if _local_rules.ties(eqn) is not None:
             params = {k: self._param(v) for k, v in params.items()}
+        elif eqn.primitive.name == "sharding_constraint":
+            source, target = (self._var(v) for v in (eqn.invars[0], eqn.outvars[0]))
+            if source.aval.shape != target.aval.shape:
+                return self._move(eqn, source, target)
         elif eqn.primitive.name not in _KEPT:
             factors = _local_rules.factors_of(eqn)
             if factors:

@@ -257,8 +257,18 @@ class Optimized:
         return _stored.decompress(state, self._forms)
 
     def shardings(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the sharding of each array in `(args, kwargs)` as the step takes it, None where it has none."""
-        return jax.tree_util.tree_map(lambda leaf: getattr(leaf, "sharding", None), (args, kwargs))
+        """Return the sharding of each array in `(args, kwargs)` as the step takes it, None where it has none.
+
+        Where a pass decides them (`memopt.passes.Shard`), these are the shardings to place the data with, as in
+        `jax.device_put((args, kwargs), step.shardings(*args))`; arrays that are elsewhere are put there by each call.
+        For nnx arguments the tree is that of the split state. Traces and plans; compiles nothing.
+        """
+        if not self._settings.always_rewrites:
+            return jax.tree_util.tree_map(lambda leaf: getattr(leaf, "sharding", None), (args, kwargs))
+        program = self._ask(Core.unplanned, args, kwargs)
+        signature = program.signature
+        arguments = signature.shardings if program.placed is None else program.placed.arguments
+        return jax.tree_util.tree_unflatten(signature.tree, arguments[-len(signature.avals) :])
 
     def for_instance(self, instance: Any) -> tuple["Optimized", tuple]:
         """Return the step and the leading arguments that stand for a method's `self`.

@@ -163,6 +163,49 @@ class Program:
         """What one device holds of a sharded step's values, as the ladder was planned with; None for another step."""
         return getattr(getattr(self.ladder, "step", None), "local", None)
 
+    @functools.cached_property
+    def placed(self) -> Shardings | None:
+        """The shardings that the arguments and results have to have, where a pass decides them."""
+        if not self.settings.always_rewrites:
+            return None
+        return getattr(getattr(getattr(self.ladder, "step", None), "outcome", None), "shardings", None)
+
+    def place(self, args: tuple, kwargs: Mapping[str, Any], move: Callable[[Any, Any], Any]) -> tuple[tuple, dict]:
+        """Return a call's arguments with `move(leaf, sharding)` in place of each leaf that has to have a sharding."""
+        if self.placed is None or self.index is None:
+            return args, dict(kwargs)
+        dynamic, named, fixed = Statics(self.plain).split(args, dict(kwargs))
+        leaves, tree = jax.tree_util.tree_flatten((dynamic, named))
+        wanted = self.placed.arguments[len(self.closed_over) :]
+        moved = [leaf if s is None else move(leaf, s) for leaf, s in zip(leaves, wanted, strict=True)]
+        dynamic, named = jax.tree_util.tree_unflatten(tree, moved)
+        kept = {place: value for place, _, value in fixed}
+        rest = iter(dynamic)
+        every = tuple(kept[i] if i in kept else next(rest) for i in range(len(args)))
+        return every, {**named, **{name: value for name, value in kept.items() if isinstance(name, str)}}
+
+    @property
+    def caller(self) -> Callable[..., Any]:
+        """The function that calls go to, of the chosen rung."""
+        return self.jitted(self.index) if self.placed is None else self.run_placed
+
+    def takes(self, signature: Signature) -> bool:
+        """Whether a call differs from this program's at most by arrays that lie already where they have to be put."""
+        mine = self.signature
+        if self.placed is None or mine.tree != signature.tree:
+            return False
+        if not all(map(_same_type, mine.avals, signature.avals)):
+            return False
+        if mine.statics != signature.statics or mine.context != signature.context:
+            return False
+        wanted = self.placed.arguments[len(self.closed_over) :]
+        return all(map(_is_placed, signature.shardings, wanted, signature.avals))
+
+    def run_placed(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the chosen rung, with arguments that are not where they have to be put there first."""
+        args, kwargs = self.place(args, kwargs, _put)
+        return self.jitted(self.index)(*args, **kwargs)
+
     @property
     def argument_avals(self) -> list[Any]:
         """The abstract value of each input, on one device."""
@@ -216,7 +259,14 @@ class Program:
             args, kwargs, _ = statics.split(args, kwargs)
             return self.evaluate(jax.tree_util.tree_leaves((args, kwargs)), jaxpr)
 
-        return JitOptions(out_shardings=self.out_shardings).over(self.options).jit(run)
+        return JitOptions(out_shardings=self._result_shardings).over(self.options).jit(run)
+
+    @property
+    def _result_shardings(self) -> Any:
+        """The shardings of the results, as the rewrite wants them, or as the plain compiled step has them."""
+        if self.placed is None or self.placed.outputs is None or self.options.out_shardings is not None:
+            return self.out_shardings
+        return jax.tree_util.tree_unflatten(self.traced.out_tree, self.placed.outputs)
 
     @property
     def runs_plain(self) -> bool:
@@ -226,7 +276,7 @@ class Program:
     @property
     def leaves_shardings_open(self) -> bool:
         """Whether arguments are sharded, but it is left to XLA how the outputs are: a rewrite could change that."""
-        return self.options.out_shardings is None and self.shardings.is_sharded
+        return self.options.out_shardings is None and self.shardings.is_sharded and self.placed is None
 
     def describe(self) -> str:
         """Return the step's name and its arguments in a few words: how many arrays, and the largest."""
@@ -236,3 +286,30 @@ class Program:
             return f"{name}()"
         largest = max(avals, key=operator.attrgetter("size"))
         return f"{name}({len(avals)} arrays, the largest {largest.str_short(short_dtypes=True)})"
+
+
+def as_shape(leaf: Any, sharding: Any) -> Any:
+    """Return a leaf's shape with a sharding."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=getattr(leaf, "weak_type", False))
+
+
+def _put(leaf: Any, sharding: Any) -> Any:
+    """Return an array on the devices where it has to be, itself where it is there already."""
+    there = getattr(leaf, "sharding", None)
+    if there is sharding or (there is not None and there.is_equivalent_to(sharding, leaf.ndim)):
+        return leaf
+    return jax.device_put(leaf, sharding)
+
+
+def _is_placed(there: Any, wanted: Any, aval: Any) -> bool:
+    """Whether an array is on one device, and so can be put anywhere, or where it has to be."""
+    if there is None or len(there.device_set) == 1:
+        return True
+    return wanted is not None and there.is_equivalent_to(wanted, len(aval.shape))
+
+
+def _same_type(one: Any, two: Any) -> bool:
+    """Whether two abstract values differ at most by what they say of a mesh."""
+    if not hasattr(one, "shape") or not hasattr(two, "shape"):
+        return one == two
+    return (one.shape, one.dtype, one.weak_type) == (two.shape, two.dtype, two.weak_type)

@@ -24,6 +24,7 @@ class Outcome:
     applied: tuple[str, ...] = ()
     rows: tuple[Decision, ...] = ()
     left: tuple[Left, ...] = ()
+    shardings: Any = None  # of arguments and results, where a rewrite decided them (`memopt._local.Shardings`)
 
 
 def rewriters(passes: Iterable[Any]) -> list[Rewriter]:
@@ -65,6 +66,7 @@ def apply(closed: Any, passes: Sequence[Rewriter], context: Context, *, respect_
             (*outcome.applied, one.name) if changed else outcome.applied,
             (*outcome.rows, *rewritten.rows),
             (*outcome.left, *rewritten.left),
+            rewritten.shardings or outcome.shardings,
         )
     return outcome
 

@@ -52,6 +52,7 @@ class Step:
         self.context = Context(target) if context is None else context
         self.rewriters = [p for p in _rewrite.rewriters(passes) if rewrites is None or p.name in rewrites]
         self.closed, self.target, self.passes = closed, target, passes
+        shardings = self.outcome.shardings or shardings
         self.local = None if shardings is None else local_shapes(self.flat, shardings)
         self.notes = () if self.local is None else self.local.notes
         self.compile_seconds = 0.0 if self.local is None else self.local.compile_seconds

@@ -16,7 +16,7 @@ from memopt._budget import resolve_budget
 from memopt._cost import aval_bytes
 from memopt._errors import BudgetError, format_bytes
 from memopt._measure import Memory, compile_lowered, lower_for
-from memopt._program import Program
+from memopt._program import Program, as_shape
 from memopt._target import devices
 from memopt._timeline import simulate
 
@@ -105,7 +105,7 @@ def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stag
     except BudgetError:
         _forget(program)
         raise
-    program.memory, program.run = memory, program.jitted(program.index)
+    program.memory, program.run = memory, program.caller
     log_plan(program, reasons)
     return compiled
 
@@ -124,6 +124,7 @@ def compile_rung(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> tu
 def lower_rung(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     """Lower the chosen rung for the program's target."""
     keep_shardings(program)
+    args, kwargs = program.place(args, kwargs, as_shape)
     return lower_for(program.settings.target, program.jitted(program.index), args, kwargs)
 
 

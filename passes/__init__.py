@@ -7,8 +7,9 @@ from memopt.passes.kernels import Kernels as Kernels
 from memopt.passes.lossless import Lossless as Lossless
 from memopt.passes.offload import Offload as Offload
 from memopt.passes.remat import Remat as Remat
+from memopt.passes.shard import Shard as Shard
 
-__all__ = ["Compress", "CompressState", "FuseUpdate", "Kernels", "Lossless", "Offload", "Remat", "default"]
+__all__ = ["Compress", "CompressState", "FuseUpdate", "Kernels", "Lossless", "Offload", "Remat", "Shard", "default"]
 
 
 def default() -> list:

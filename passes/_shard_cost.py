@@ -1,0 +1,91 @@
+"""The sharding pass's tariff: what a layout's collectives take, on the links of a mesh.
+
+In: a step's `Flow`, its `Rules` and `Places`, the target. Out: predicted seconds of one step's collectives. Gathers of
+weights, sums over a split contraction (scattered where the result is kept split over the same axes), the traffic of
+lookups and the new parameters' gathers are counted; a resharding that XLA adds on its own account is not. Nothing is
+changed here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from memopt import _fusion
+from memopt._links import axis_bytes_per_second
+from memopt._target import Target
+from memopt.passes._shard_flow import Flow, is_var, shape_of
+from memopt.passes._shard_places import Places
+from memopt.passes._shard_rules import Rules, Spec
+
+
+def collective_seconds(flow: Flow, rules: Rules, found: Places, target: Target) -> float:
+    """Return the predicted seconds of a step's collectives under one layout, one after the other."""
+    total = math.prod(rules.sizes.values())
+    rates: dict[tuple[str, ...], float] = {}
+    seconds = 0.0
+    for axes, sent in _sent(flow, rules, found):
+        if axes not in rates:
+            rates[axes] = axis_bytes_per_second(target, rules.count(axes), total)
+        seconds += sent / rates[axes]
+    return seconds
+
+
+def _sent(flow: Flow, rules: Rules, found: Places) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Yield the bytes that a device sends, with the axes that it sends them along."""
+    for body in flow.bodies:
+        trips = flow.trips[id(body)]
+        for eqn in body.eqns:
+            for position, atom in enumerate(eqn.invars):
+                spec = found.used.get((id(eqn), position))
+                if spec is not None and is_var(atom):
+                    yield from _gathered(atom, spec, rules, trips)
+            if eqn.primitive.name in _fusion.MATMULS:
+                yield from _summed(eqn, rules, found, trips)
+            elif eqn.primitive.name == "gather" and len(found.made.get(eqn.outvars[0], ())) > 1:
+                axes = rules.layout.batch
+                yield axes, 2 * _local(eqn.outvars[0], rules.value(eqn.outvars[0]), rules) * trips
+    for specs in found.results.values():
+        if len(specs) > 1:
+            axes = rules.layout.moments
+            out = next(v for o, v in enumerate(flow.jaxpr.outvars) if found.results.get(o) is specs)
+            yield axes, _local(out, specs[-1], rules) * _share(axes, rules)
+
+
+def _gathered(atom: Any, spec: Spec, rules: Rules, trips: int) -> Iterator[tuple[tuple[str, ...], float]]:
+    axes = tuple(a for a in rules.layout.parameters if not any(a in s for s in spec))
+    if axes and atom.aval.size >= rules.least_elements:
+        yield axes, _local(atom, spec, rules) * _share(axes, rules) * trips
+
+
+def _summed(eqn: Any, rules: Rules, found: Places, trips: int) -> Iterator[tuple[tuple[str, ...], float]]:
+    """Yield the traffic of the partial sums of a matmul: an axis that splits operands and not the result's own spec."""
+    out = eqn.outvars[0]
+    made = found.made.get(out, ())
+    stored = {a for axes in (made[-1] if made else ()) for a in axes}
+    own = set(rules.groups.all_of(out))
+    summed = set()
+    for v in filter(is_var, eqn.invars):
+        pairs = zip(rules.groups.all_of(v), rules.value(v), strict=True)
+        summed |= {axis for group, axes in pairs if group not in own for axis in axes}
+    spec = tuple(tuple(a for a in axes if a not in summed) for axes in rules.value(out))
+    for axis in sorted(summed):  # where the sequence is split between, the sum is scattered and gathered again
+        scattered = axis in stored or (axis in rules.layout.gradients and _is_gradient(out, rules))
+        scattered = scattered and axis not in rules.layout.sequence
+        yield (axis,), (1 if scattered else 2) * _local(out, spec, rules) * _share((axis,), rules) * trips
+
+
+def _is_gradient(out: Any, rules: Rules) -> bool:
+    """Say whether a matmul makes a parameter's gradient, perhaps transposed: it has none of the batch's groups."""
+    return not any(g in rules.batch_groups for g in rules.groups.all_of(out))
+
+
+def _share(axes: tuple[str, ...], rules: Rules) -> float:
+    ways = rules.count(axes)
+    return (ways - 1) / ways
+
+
+def _local(var: Any, spec: Spec, rules: Rules) -> float:
+    ways = rules.count([a for axes in spec for a in axes]) if len(spec) == len(shape_of(var)) else 1
+    return var.aval.size * var.aval.dtype.itemsize / ways

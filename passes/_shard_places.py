@@ -1,0 +1,175 @@
+"""The sharding pass's plan: which values are constrained, which weights are gathered where, what each leaf becomes.
+
+In: a step's `Flow`, `Roles` and `Rules`. Out: a `Places`, the constraints that `_shard_apply.py` puts into the jaxpr,
+and the spec of every input and output. It changes nothing and knows no mesh but its sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from memopt import _fusion
+from memopt.passes._shard_flow import Flow, is_float, is_var, shape_of
+from memopt.passes._shard_roles import BATCH, MOMENT, PARAMETER, Roles
+from memopt.passes._shard_rules import Rules, Spec
+
+_LOOKUPS = frozenset({"gather", "take", "dynamic_slice"})
+_SCATTERS = frozenset({"scatter-add", "scatter_add"})
+
+
+@dataclasses.dataclass
+class Places:
+    """Constraints to be put into a step.
+
+    Attributes:
+      made: variable -> specs, one after the other, right after it is made.
+      used: (id of an equation, operand) -> the operand's spec at this use.
+      results: output -> specs, one after the other, at the end.
+      inputs: spec of each input.
+      outputs: spec of each output; None leaves it to XLA.
+      gathered: bytes of weights brought together next to their uses, once for each gather in the step as written.
+    """
+
+    made: dict[Any, tuple[Spec, ...]] = dataclasses.field(default_factory=dict)
+    used: dict[tuple[int, int], Spec] = dataclasses.field(default_factory=dict)
+    results: dict[int, tuple[Spec, ...]] = dataclasses.field(default_factory=dict)
+    inputs: list[Spec] = dataclasses.field(default_factory=list)
+    outputs: list[Spec | None] = dataclasses.field(default_factory=list)
+    gathered: int = 0
+
+
+def places(flow: Flow, roles: Roles, rules: Rules) -> Places:
+    """Decide where a step is constrained."""
+    found = Places()
+    found.inputs = [rules.leaf(i) for i in range(len(flow.jaxpr.invars))]
+    for var, spec in zip(flow.jaxpr.invars, found.inputs, strict=True):
+        if any(spec):
+            found.made[var] = (spec,)
+    _activations(flow, roles, rules, found)
+    _gradients(flow, roles, rules, found)
+    _weights(flow, roles, rules, found)
+    _outputs(flow, roles, rules, found)
+    return found
+
+
+def _activations(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
+    """Hold matmul results and what loops carry to the split of their groups."""
+    for body in flow.bodies:
+        for eqn in body.eqns:
+            if eqn.primitive.name in _fusion.MATMULS:
+                _hold(eqn.outvars[0], roles, rules, found)
+    for first in flow.carried.values():
+        _hold(first, roles, rules, found)
+
+
+def _hold(var: Any, roles: Roles, rules: Rules, found: Places) -> None:
+    if not is_var(var) or var not in roles.data or not is_float(var) or var in roles.gradients:
+        return
+    spec = rules.value(var)
+    if any(spec):
+        found.made[var] = (spec,)
+
+
+def _gradients(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
+    """Bring each gradient to the form in which it is kept, where it is made: inside loops too."""
+    for var, (leaf, taken) in roles.gradients.items():
+        spec = rules.stored(flow.jaxpr.invars[leaf], rules.layout.gradients)[taken:]
+        if len(spec) == len(shape_of(var)):
+            found.made[var] = (spec,)
+
+
+def _weights(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
+    """Gather each parameter next to its uses, where it is stored in more parts than it is used in."""
+    for i, var in enumerate(flow.jaxpr.invars):
+        if roles.kinds[i] != PARAMETER or found.inputs[i] == rules.features(var):
+            continue
+        stored, needed = found.inputs[i], rules.features(var)
+        for eqn, position, dims in _uses(flow, roles, var):
+            at_use = tuple(needed[d] if d is not None else () for d in dims)
+            if eqn.primitive.name in _LOOKUPS and position == 0:
+                _look_up(eqn, tuple(stored[d] if d is not None else () for d in dims), rules, found)
+                continue
+            found.used[id(eqn), position] = at_use
+            found.gathered += eqn.invars[position].aval.size * eqn.invars[position].aval.dtype.itemsize
+
+
+def _uses(flow: Flow, roles: Roles, leaf: Any) -> Iterator[tuple[Any, int, tuple[int | None, ...]]]:
+    """Yield the reads of a parameter where it meets data: equation, operand, its dimensions in the leaf."""
+    todo = [(leaf, tuple(range(len(shape_of(leaf)))))]
+    seen = {leaf}
+    while todo:
+        var, dims = todo.pop()
+        for eqn, position, _ in flow.readers.get(var, ()):
+            if id(eqn) in flow.inner:
+                links = [x for x in flow.inner[id(eqn)][0] if x.outer is var]
+                after = [(x.inner, dims[1:] if x.sliced else dims) for x in links]
+            elif any(v in roles.update for v in eqn.outvars):
+                continue
+            else:
+                after = _views(eqn, position, dims, roles)
+                if after is None:
+                    yield eqn, position, dims
+                    continue
+            for out, moved in after:
+                if out not in seen:
+                    seen.add(out)
+                    todo.append((out, moved))
+        for link in flow.outer_of.get(var, ()):
+            if link.outer not in seen:
+                seen.add(link.outer)
+                todo.append((link.outer, (None, *dims) if link.sliced else dims))
+
+
+def _views(eqn: Any, position: int, dims: tuple, roles: Roles) -> list[tuple[Any, tuple]] | None:
+    """Return what an equation makes of a weight alone, with its dimensions; None where the weight is used."""
+    name, var, outs = eqn.primitive.name, eqn.invars[position], [v for v in eqn.outvars if is_var(v)]
+    if any(is_var(v) and v in roles.data for v in (*eqn.invars, *outs)) or name in _fusion.MATMULS:
+        return None
+    if name == "transpose":
+        return [(v, tuple(dims[d] for d in eqn.params["permutation"])) for v in outs]
+    if all(shape_of(v) == shape_of(var) for v in outs):
+        return [(v, dims) for v in outs]
+    return None
+
+
+def _look_up(eqn: Any, stored: Spec, rules: Rules, found: Places) -> None:
+    """Look rows up in a table that is split along its features, without bringing the table together.
+
+    The indices are brought together (they are small), the rows come out split along the features, and are then brought
+    to their split over the batch: an all-to-all.
+    """
+    out = eqn.outvars[0]
+    numbers = eqn.params.get("dimension_numbers")
+    offsets = getattr(numbers, "offset_dims", ())
+    gone = {*getattr(numbers, "collapsed_slice_dims", ()), *getattr(numbers, "operand_batching_dims", ())}
+    kept = [d for d in range(len(stored)) if d not in gone]
+    if len(kept) != len(offsets) or not any(stored[d] for d in kept) or any(stored[d] for d in gone):
+        found.used[id(eqn), 0] = tuple(() for _ in stored)
+        return
+    rows: list[tuple[str, ...]] = [()] * len(shape_of(out))
+    for dim, source in zip(offsets, kept, strict=True):
+        rows[dim] = stored[source]
+    found.used[id(eqn), 1] = ((),) * len(shape_of(eqn.invars[1]))
+    found.made[out] = (tuple(rows), rules.value(out))
+
+
+def _outputs(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
+    """Bring new parameters and state to the form in which they came in; the update runs in the form of the moments."""
+    back = {o: i for i, o in roles.result_of.items()}
+    for o, var in enumerate(flow.jaxpr.outvars):
+        i = back.get(o)
+        if i is None or roles.kinds[i] in (BATCH,) or not is_var(var):
+            found.outputs.append(None)
+            continue
+        spec = found.inputs[i]
+        found.outputs.append(spec)
+        leaf = flow.jaxpr.invars[i]
+        if roles.kinds[i] == PARAMETER:
+            update = rules.stored(leaf, rules.layout.moments)
+            found.results[o] = (update, spec) if update != spec and var in roles.update else (spec,)
+        elif roles.kinds[i] == MOMENT:
+            found.results[o] = (spec,)
+        else:
+            found.results[o] = (spec,)

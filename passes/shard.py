@@ -1,0 +1,225 @@
+"""Sharding: a step for one device made into the same step on a mesh, by constraints put into its jaxpr.
+
+In: a flat step, a mesh and a strategy. Out: the step with `sharding_constraint`s on its arguments, results, gradients,
+activations and weights, and a row of the plan for each kind of leaf. XLA's own partitioner (Shardy) does the rest.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from jax.sharding import Mesh, NamedSharding
+
+from memopt._contract import Context, Left, Repeat, Rewritten
+from memopt._errors import format_bytes
+from memopt._local import Shardings, spec_of
+from memopt._plan import Decision
+from memopt._specs import spec_for
+from memopt._survey import Survey
+from memopt._target import Target
+from memopt.passes import (
+    _shard_apply,
+    _shard_auto,
+    _shard_cost,
+    _shard_flow,
+    _shard_places,
+    _shard_roles,
+    _shard_rules,
+    _shard_tensor,
+)
+
+#: Candidates of `"auto"` that the plan prints beside the chosen one.
+_RUNNERS_UP = 6
+
+_KINDS = (_shard_roles.PARAMETER, _shard_roles.MOMENT, _shard_roles.BATCH, _shard_roles.OTHER)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Run a step that is written for one device on a mesh, each device with a part of its memory.
+
+    Parameters and state per device fall to their total over the number of devices that split them. The cost is
+    communication: `"zero3"` brings each layer's weights together next to their uses and scatters the sums of its
+    gradients. Bringing them together again for the backward pass, instead of keeping the copies, is an alternative of
+    the cut: the planner takes it as soon as the budget asks for it.
+
+    Args:
+      mesh: a `jax.sharding.Mesh`, from `jax.make_mesh`, or from `memopt.mesh` for a target that is not attached.
+      strategy: parts joined by `+`, such as `"zero3+tensor"`, or a mapping of parts to mesh axes, such as
+        `{"parameters": "inner", "moments": ("outer", "inner"), "tensor": "model"}`. Parts: `"data"` (the batch is
+        split), `"zero1"` (and the moments), `"zero2"` (and the gradients), `"zero3"` (and the parameters),
+        `"hierarchical"` (parameters and gradients over the last data axis, moments over all), `"tensor"` (features, in
+        columns and rows, the vocabulary among them), `"sequence"` (the sequence, between the parts of `"tensor"`),
+        `"context"` (the sequence everywhere; keys and values are brought together for attention). In a string,
+        axes named `model`, `tensor` or `context` go to these parts, else the last ones; all others are for data.
+        `"auto"` takes the mesh's devices, not its axes, and searches over strategies and mesh shapes: the quickest
+        predicted one (collectives on the mesh's links, and what the cut repeats) among those that fit the device.
+      least_elements: smaller leaves are not split for storage.
+
+    Raises:
+      TypeError: `mesh` is none.
+      ValueError: an unknown part or axis, too few axes; when planning: a size that an axis does not divide.
+
+    Example:
+      >>> import jax, memopt
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> memopt.passes.Shard(mesh, strategy="zero3").strategy
+      'zero3'
+
+    Source: Rajbhandari et al., "ZeRO", SC 2020; Zhang et al., "SimpleFSDP", 2024 (arXiv 2411.00284); Shoeybi et al.,
+    "Megatron-LM", 2019, section 3; Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models",
+    2022, section 4.2.2 ("sequence").
+    Limits: exact up to the order of sums. What the user constrained stays as it is. `shard_map` bodies are not entered.
+    """
+
+    mesh: Mesh
+    strategy: str | Mapping[str, Any] = "zero3"
+    least_elements: int = 1024
+
+    stage: ClassVar[int] = 50
+    optional: ClassVar[bool] = False
+
+    def __post_init__(self):
+        if not isinstance(self.mesh, Mesh):
+            raise TypeError(
+                f"Shard takes a jax.sharding.Mesh, got {self.mesh!r}. Make one: jax.make_mesh(shape, names)."
+            )
+        if isinstance(self.strategy, Mapping):
+            pairs = ((k, v if isinstance(v, (str, type(None))) else tuple(v)) for k, v in self.strategy.items())
+            object.__setattr__(self, "strategy", tuple(sorted(pairs)))
+        if self.strategy != "auto":
+            _shard_rules.layout(self.mesh, self._asked)
+
+    @property
+    def name(self) -> str:
+        """The pass's name in plans."""
+        return "shard"
+
+    @property
+    def _auto_mesh(self) -> Mesh:
+        """The mesh with axes that XLA's partitioner may use freely."""
+        return Mesh(self.mesh.devices, self.mesh.axis_names)
+
+    @property
+    def _asked(self) -> str | Mapping[str, Any]:
+        return self.strategy if isinstance(self.strategy, str) else dict(self.strategy)
+
+    def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
+        """Return the step with sharding constraints on the mesh."""
+        flow = _shard_flow.Flow(closed)
+        roles = _shard_roles.roles(flow, context.paths, context.out_paths)
+        groups = _shard_flow.Groups(flow)
+        if self.strategy != "auto":
+            return self._apply(closed, context, flow, roles, groups)[0]
+        make = functools.partial(self._try, closed, context, flow, roles, groups)
+        best, *others = _shard_auto.search(self.mesh, make, context)
+        if best.rewritten is None:
+            raise ValueError(f"No sharding strategy applies to this step on {self.mesh.size} devices: {best.why}")
+        rows = (_auto_row(best, chosen=True), *best.rewritten.rows, *(_auto_row(one) for one in others[:_RUNNERS_UP]))
+        return dataclasses.replace(best.rewritten, rows=rows)
+
+    def _try(self, closed: Any, context: Context, flow: Any, roles: Any, groups: Any, one: Any) -> None:
+        """Fill in a candidate of the search."""
+        shard = dataclasses.replace(self, mesh=one.mesh, strategy=one.strategy)
+        one.rewritten, rules, found = shard._apply(closed, context, flow, roles, groups)
+        pairs = zip(flow.jaxpr.invars, found.inputs, strict=True)
+        one.state_bytes = sum(_bytes(var) // _ways(rules, spec) for var, spec in pairs)
+        one.collective_seconds = _shard_cost.collective_seconds(flow, rules, found, context.target)
+
+    def _apply(self, closed: Any, context: Context, flow: Any, roles: Any, groups: Any) -> tuple[Rewritten, Any, Any]:
+        rules = self._rules(flow, roles, context, groups)
+        found = _shard_places.places(flow, roles, rules)
+        _keep_users(found, flow, roles, context)
+        closed = _shard_apply.constrain(closed, self._auto_mesh, found.made, found.used, found.results)
+        mesh = self._auto_mesh
+        inputs = tuple(_shard_apply.named(mesh, spec) for spec in found.inputs)
+        outputs = tuple(None if spec is None else _shard_apply.named(mesh, spec) for spec in found.outputs)
+        rows, left = tuple(_rows(flow, roles, rules, found)), tuple(_left(flow, roles, found, context))
+        return Rewritten(closed, rows, left, shardings=Shardings(inputs, outputs)), rules, found
+
+    def propose(self, survey: Survey) -> Iterator[Repeat]:
+        """Yield a `Repeat` for each constraint, so that weights may be gathered again for the backward pass."""
+        for op in survey.graph.ops:
+            if op.eqn.primitive.name == "sharding_constraint":
+                yield Repeat(op.id, survey.repeat_seconds[op.id])
+
+    def _rules(self, flow: Any, roles: Any, context: Context, groups: Any = None) -> _shard_rules.Rules:
+        layout = _shard_rules.layout(self.mesh, self._asked)
+        groups = _shard_flow.Groups(flow) if groups is None else groups
+        platform = context.target.platform
+        rules = _shard_rules.Rules(
+            flow, groups, roles, self.mesh.shape, layout, platform, least_elements=self.least_elements
+        )
+        if layout.tensor:
+            taken = rules.batch_groups | rules.sequence_groups
+            spec = spec_for(context.target if platform != "cpu" else Target.parse("tpu:v5e"))
+            ways = rules.count(layout.tensor)
+            chosen = _shard_tensor.tensor_groups(flow, groups, roles, ways, taken, spec)
+            rules.tensor.update(dict.fromkeys(chosen, layout.tensor))
+        return rules
+
+
+def _auto_row(one: _shard_auto.Candidate, *, chosen: bool = False) -> Decision:
+    """Return what the plan says of a candidate."""
+    if one.rewritten is None:
+        return Decision(f"shard/auto/{one.title}", "", "", 0, "cannot apply", one.why)
+    sent = f"collectives {one.collective_seconds * 1e3:.3g} ms, arguments {format_bytes(one.state_bytes)} a device"
+    if one.peak_bytes is None:
+        return Decision(f"shard/auto/{one.title}", "", "", 0, "runner-up", f"{sent}; not planned")
+    fits = "fits" if one.fits else "does not fit"
+    reason = f"{sent}; peak {format_bytes(one.peak_bytes)} predicted, {fits}, {one.seconds * 1e3:.3g} ms with repeats"
+    return Decision(f"shard/auto/{one.title}", "", "", one.peak_bytes, "chosen" if chosen else "runner-up", reason)
+
+
+def _keep_users(found: _shard_places.Places, flow: Any, roles: Any, context: Context) -> None:
+    """Take the user's own shardings of arguments in place of ours."""
+    users = context.shardings.arguments if context.shardings is not None else ()
+    for i, sharding in enumerate(users):
+        if isinstance(sharding, NamedSharding) and len(sharding.device_set) > 1:
+            var = flow.jaxpr.invars[i]
+            spec = spec_of(sharding.spec, len(_shard_flow.shape_of(var)))
+            found.inputs[i] = spec
+            found.made[var] = (spec,)
+            out = roles.result_of.get(i)
+            if out is not None:
+                found.outputs[out] = spec
+                found.results[out] = (spec,)
+
+
+def _rows(flow: Any, roles: Any, rules: Any, found: _shard_places.Places):
+    """Yield what became of each kind of leaf, and of the weights at their uses."""
+    for kind in _KINDS:
+        members = [i for i, k in enumerate(roles.kinds) if k == kind]
+        total = sum(_bytes(flow.jaxpr.invars[i]) for i in members)
+        if not total:
+            continue
+        local = sum(_bytes(flow.jaxpr.invars[i]) // _ways(rules, found.inputs[i]) for i in members)
+        axes = sorted({a for i in members for axes in found.inputs[i] for a in axes})
+        choice = f"shard over {', '.join(axes)}" if axes else "replicate"
+        reason = f"{len(members)} leaves, {local / total:.1%} of their bytes on each device"
+        yield Decision(f"shard/{kind}", "", "", total, choice, reason)
+    if found.gathered:
+        reason = "brought together next to each use; the planner decides what is kept for the backward pass"
+        yield Decision("shard/gather", "", "", found.gathered, "gather", reason)
+
+
+def _left(flow: Any, roles: Any, found: _shard_places.Places, context: Context):
+    """Yield the large leaves that every device holds whole."""
+    total = sum(_bytes(v) for v in flow.jaxpr.invars)
+    for i, var in enumerate(flow.jaxpr.invars):
+        whole = not any(found.inputs[i]) and any(any(s) for s in found.inputs)
+        if whole and roles.kinds[i] != _shard_roles.PARAMETER and _bytes(var) > 0.01 * total:
+            path = context.paths[i] if i < len(context.paths) else f"input {i}"
+            yield Left(path, f"none of its dimensions {_shard_flow.shape_of(var)} divides over the axes that split it")
+
+
+def _bytes(var: Any) -> int:
+    dtype = getattr(var.aval, "dtype", None)
+    return int(var.aval.size) * getattr(dtype, "itemsize", 4) if dtype is not None else 0
+
+
+def _ways(rules: Any, spec: Any) -> int:
+    return rules.count([a for axes in spec for a in axes])
