@@ -35,11 +35,12 @@ class Plans:
     Example:
       >>> import jax, jax.numpy as jnp, memopt
       >>> def step(w, x):
-      ...     return jax.grad(lambda w: jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w)))(w)
-      >>> planned = memopt.optimize(step, budget="90%", target="cpu")
-      >>> w, small, large = jnp.ones((8, 8)), jnp.ones((512, 8)), jnp.ones((1024, 8))
+      ...     loss = lambda w: jnp.sum(jax.lax.scan(lambda x, w: (jnp.tanh(jnp.sin(x @ w)), None), x, w)[0])
+      ...     return jax.grad(loss)(w)
+      >>> planned = memopt.optimize(step, budget="60%", target="cpu")
+      >>> w, small, large = jnp.ones((16, 64, 64)), jnp.ones((1024, 64)), jnp.ones((2048, 64))
       >>> text = memopt.Plans((planned.plan(w, small), planned.plan(w, large))).to_json()
-      >>> again = memopt.optimize(step, plan=memopt.Plans.from_json(text), budget="90%", target="cpu")
+      >>> again = memopt.optimize(step, plan=memopt.Plans.from_json(text), target="cpu")
       >>> again.plan(w, large).repeats == planned.plan(w, large).repeats
       True
     """
