@@ -68,7 +68,7 @@ class _Body:
         self.new_consts: list[tuple[Any, Any]] = []  # (variable, value outside, a literal or the variable itself)
         self.new_xs: list[tuple[Any, Any]] = []  # and those that come in as slices
         self.specs: dict[Any, Any] = {}  # variable that comes in anew -> its layout, where this is a `shard_map`
-        self.lifted: dict[Any, Any] = {}  # variable of a source region -> the variable that brings it into this body
+        self.lifted: dict[tuple[int, Any], Any] = {}  # source region, its variable -> what brings it into this body
         self.outs: list[Any] = []
         self.pending: list[tuple[int, g.Op, list[_Body]]] = []  # operations whose bodies are settled when all are built
         self.latest: Any = None  # the variable made last that XLA materialises and that later matmuls wait for
@@ -91,8 +91,7 @@ class _Builder:
         self.chains = chains
         self.forms = _forms.Forms(graph, stores, frozenset().union(*repeats.values()))
         self.leaves: dict[int, list[Any]] = {}  # stored value -> the leaves where it is made
-        self.extra: dict[int, dict[Any, Any]] = {}  # operation -> {body variable: what hands it out, a new variable}
-        self.home: dict[Any, int] = {}  # body variable that is handed out anew -> its region
+        self.extra: dict[int, dict[tuple[int, Any], Any]] = {}  # operation -> {(region, variable): what hands it out}
         self.bin_of: dict[Any, int] = {}
         self.settled, _ = _settled.tables(graph)
 
@@ -112,7 +111,7 @@ class _Builder:
             for one in inner:
                 self.finish(one)
             eqn = body.eqns[position]
-            extra = {var: (self.home[var], out) for var, out in self.extra.get(op.id, {}).items()}
+            extra = [(home, var, out) for (home, var), out in self.extra.get(op.id, {}).items()]
             if extra or any(map(_changed, inner)):
                 body.eqns[position] = _handover.rebuild(eqn, op, inner, extra)
 
@@ -275,16 +274,16 @@ class _Builder:
         """Return what brings a variable of a source region into this body, handed out by its operation for that."""
         if body.region.id == home:
             return var
-        if var not in body.lifted:
+        key = home, var  # JAX traces a function once: bodies of several operations may hold the same variables
+        if key not in body.lifted:
             maker = self.graph.regions[home].op
             extra = self.extra.setdefault(maker.id, {})
-            if var not in extra:
-                extra[var] = c.Var(_handover.handed_aval(maker.eqn, var.aval))
-                self.home[var] = home
-                self.bin_of[extra[var]] = maker.bin
-            outer = self._import(body.parent, maker.region, extra[var])
-            body.lifted[var] = self._new_input(body, var.aval, outer, maker, None)
-        return body.lifted[var]
+            if key not in extra:
+                extra[key] = c.Var(_handover.handed_aval(maker.eqn, var.aval))
+                self.bin_of[extra[key]] = maker.bin
+            outer = self._import(body.parent, maker.region, extra[key])
+            body.lifted[key] = self._new_input(body, var.aval, outer, maker, None)
+        return body.lifted[key]
 
     def _repeat(self, body: _Body, op: g.Op, segment: int, value: int, reader: g.Op | None) -> Any:
         """Run an operation again here, with all planned repeats that it needs, as one guarded batch."""

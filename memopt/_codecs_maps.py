@@ -228,15 +228,11 @@ class RankOne(_Mapped):
 
     def layout(self, shape, dtype) -> Encoded:
         """Return bytes of codes, and the maxima of rows and of columns, or of blocks."""
-        view, work = self._view(shape), b.work_dtype(dtype)
+        view, work = b.view_shape(shape, None), b.work_dtype(dtype)
         codes = (b.packed_shape(view, self.bits), np.uint8)
         if len(view) == 1:
             return struct(self, shape, dtype, codes, (b.scale_shape(view, self.block), work))
         return struct(self, shape, dtype, codes, (view[:-1], work), ((*view[:-2], view[-1]), work))
-
-    def _view(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape that is encoded: the last two axes are a matrix, those before them a batch."""
-        return tuple(shape) if len(shape) > 2 else b.view_shape(shape, None)
 
     def _codes(self, ratio):
         levels = 2**self.bits
@@ -246,7 +242,7 @@ class RankOne(_Mapped):
         return (codes + 1) * codes.dtype.type(2.0**-self.bits)
 
     def _encode(self, x, key):
-        x = x.reshape(self._view(x.shape)).astype(b.work_dtype(x.dtype))
+        x = x.reshape(b.view_shape(x.shape, None)).astype(b.work_dtype(x.dtype))
         if x.ndim > 1:
             rows, columns = self._maximum(x, x.ndim - 1), self._maximum(x, x.ndim - 2)
             q = self._quantize(x, *self._smaller(rows, columns))
@@ -269,7 +265,7 @@ class RankOne(_Mapped):
         return self._mark(q, x, special).astype(jnp.uint8)
 
     def _decode(self, encoded):
-        view, work = self._view(encoded.shape), b.work_dtype(encoded.dtype)
+        view, work = b.view_shape(encoded.shape, None), b.work_dtype(encoded.dtype)
         q = b.unpack(encoded.codes, self.bits, view).astype(work)
         if len(view) > 1:
             rows, columns = encoded.scales[0][..., None], encoded.scales[1][..., None, :]

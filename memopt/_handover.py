@@ -8,7 +8,7 @@ devices' values. It decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -69,14 +69,14 @@ def operands(op: Any, invars: Sequence[Any], consts: Sequence[Any], xs: Sequence
     return [*(v for i, v in kept if i < end), *consts, *(v for i, v in kept if i >= end), *xs]
 
 
-def rebuild(eqn: Any, op: Any, inner: Sequence[Any], extra: Mapping[Any, tuple[int, Any]]) -> Any:
+def rebuild(eqn: Any, op: Any, inner: Sequence[Any], extra: Sequence[tuple[int, Any, Any]]) -> Any:
     """Return an equation over its new bodies.
 
     Args:
       eqn: the equation, with its new operands.
       op: the operation as it was.
       inner: its bodies as they were built.
-      extra: variable of a body -> the body's region, and the variable that hands it out.
+      extra: `(region of a body, variable in it, the variable that hands it out)`; two bodies may hold one variable.
     """
     if slices(eqn):
         return _loop(eqn, op, inner[0], extra)
@@ -91,30 +91,30 @@ def rebuild(eqn: Any, op: Any, inner: Sequence[Any], extra: Mapping[Any, tuple[i
         new.append(_closed_like(old, [*fills, *body.eqns], body.outs + outs, kept + come))
     key = _paired.BODIES[op.eqn.primitive.name]
     params = dict(op.eqn.params, **{key: tuple(new) if isinstance(op.eqn.params[key], tuple) else new[0]})
-    return c.replace_eqn(eqn, outvars=[*eqn.outvars, *(out for _, out in extra.values())], params=params)
+    return c.replace_eqn(eqn, outvars=[*eqn.outvars, *(out for _, _, out in extra)], params=params)
 
 
-def _shard_map(eqn: Any, op: Any, inner: Any, extra: Mapping[Any, tuple[int, Any]]) -> Any:
+def _shard_map(eqn: Any, op: Any, inner: Any, extra: Sequence[tuple[int, Any, Any]]) -> Any:
     old = list(enumerate(c.open_jaxpr(op.bodies[0].jaxpr).invars))
     kept = [(i, v) for i, v in old if i not in op.mapped]
     new = [v for v, _ in inner.new_consts]
     in_specs = [op.eqn.params["in_specs"][i] for i, _ in kept] + [inner.specs[v] for v in new]
-    out_specs = [*op.eqn.params["out_specs"], *(c.handing_spec(op.eqn, var.aval) for var in extra)]
+    out_specs = [*op.eqn.params["out_specs"], *(c.handing_spec(op.eqn, var.aval) for _, var, _ in extra)]
     outs, eqns = list(inner.outs), list(inner.eqns)
-    for var in extra:
+    for _, var, _ in extra:
         out = c.Var(brought_aval(op.eqn, var.aval))
         if out.aval.shape != var.aval.shape:
             eqns.append(_pairs.reshape(var, out, op.eqn))
         outs.append(out if out.aval.shape != var.aval.shape else var)
     jaxpr = _closed_like(op.bodies[0].jaxpr, eqns, outs, [v for _, v in kept] + new)
     params = dict(op.eqn.params, jaxpr=jaxpr, in_specs=tuple(in_specs), out_specs=tuple(out_specs))
-    return c.replace_eqn(eqn, outvars=[*eqn.outvars, *(out for _, out in extra.values())], params=params)
+    return c.replace_eqn(eqn, outvars=[*eqn.outvars, *(out for _, _, out in extra)], params=params)
 
 
-def _outs(body: Any, op: Any, extra: Mapping[Any, tuple[int, Any]]) -> tuple[list[Any], list[Any]]:
+def _outs(body: Any, op: Any, extra: Sequence[tuple[int, Any, Any]]) -> tuple[list[Any], list[Any]]:
     """Return what a body hands out beyond its own results, and the equations that fill in for other bodies' values."""
     fills, outs = [], []
-    for var, (region, _) in extra.items():
+    for region, var, _ in extra:
         if region == body.region.id:
             outs.append(var)
             continue
@@ -130,15 +130,15 @@ def _outs(body: Any, op: Any, extra: Mapping[Any, tuple[int, Any]]) -> tuple[lis
     return fills, outs
 
 
-def _loop(eqn: Any, op: Any, inner: Any, extra: Mapping[Any, tuple[int, Any]]) -> Any:
+def _loop(eqn: Any, op: Any, inner: Any, extra: Sequence[tuple[int, Any, Any]]) -> Any:
     num_consts, num_carry = c.scan_layout(op.eqn)
     old = list(enumerate(c.open_jaxpr(op.bodies[0].jaxpr).invars))
     kept = [(i, v) for i, v in old if i not in op.mapped]
     consts = [v for i, v in kept if i < num_consts] + [v for v, _ in inner.new_consts]
     rest = [v for i, v in kept if i >= num_consts] + [v for v, _ in inner.new_xs]
-    jaxpr = _closed_like(op.bodies[0].jaxpr, inner.eqns, inner.outs + list(extra), consts + rest)
+    jaxpr = _closed_like(op.bodies[0].jaxpr, inner.eqns, inner.outs + [var for _, var, _ in extra], consts + rest)
     params = c.scan_params(op.eqn, jaxpr, len(consts), num_carry)
-    return c.replace_eqn(eqn, outvars=[*eqn.outvars, *(out for _, out in extra.values())], params=params)
+    return c.replace_eqn(eqn, outvars=[*eqn.outvars, *(out for _, _, out in extra)], params=params)
 
 
 def _closed_like(old: Any, eqns: list[Any], outs: list[Any], invars: list[Any]) -> Any:

@@ -40,7 +40,7 @@ class Plans:
       >>> planned = memopt.optimize(step, budget="60%", target="cpu")
       >>> w, small, large = jnp.ones((16, 64, 64)), jnp.ones((1024, 64)), jnp.ones((2048, 64))
       >>> text = memopt.Plans((planned.plan(w, small), planned.plan(w, large))).to_json()
-      >>> again = memopt.optimize(step, plan=memopt.Plans.from_json(text), budget="60%", target="cpu")
+      >>> again = memopt.optimize(step, plan=memopt.Plans.from_json(text), target="cpu")
       >>> again.plan(w, large).repeats == planned.plan(w, large).repeats
       True
     """

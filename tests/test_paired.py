@@ -137,6 +137,57 @@ def switches():
     return jax.value_and_grad(loss, (0, 1)), (draw(0, W, W), draw(1, 3, W))
 
 
+def _bend(w, x):
+    return jnp.tanh(x @ w) + jnp.exp(-x * x)
+
+
+def _turn(w, x):
+    return jnp.sin(x @ w) * x
+
+
+def branches_traced_once():
+    """Conditions whose branches are the same functions: JAX traces them once, and they hold the same variables."""
+
+    @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_saveable)
+    def layer(w, x, i):
+        return x + jax.lax.switch(i, [_bend, _turn, _turn], w, x)
+
+    def loss(w, x):
+        index = (x.sum() > 0).astype(int)
+        for _ in range(3):
+            x = layer(w, x, index)
+        return (x**2).sum()
+
+    def penalty(w, x):
+        return loss(w, x) + (jax.grad(loss)(w, x) ** 2).sum()
+
+    return jax.value_and_grad(penalty, (0, 1)), (draw(0, W, W), draw(1, 3, W))
+
+
+def _cell(w, h, x):
+    h = jnp.tanh(h @ w + jnp.sin(x @ w))
+    return h, jnp.cos(h) * x
+
+
+def loops_traced_once():
+    """Two loops over one traced body, whose stacks one and the same later loops read."""
+
+    def loss(ws, xs):
+        def body(carry, x):
+            h, k = carry
+            return (jnp.sin(h @ ws[0] + x), jnp.cos(k @ ws[1]) * x), h * k
+
+        def layer(xs, w):
+            cell = functools.partial(_cell, w)
+            one = jax.lax.scan(cell, xs[0], xs)[1]
+            two = jax.lax.scan(cell, xs[1], one)[1]
+            return jax.lax.scan(body, (xs[0], xs[1]), one * two)[1] + xs, None
+
+        return (jax.lax.scan(layer, xs, ws)[0] ** 2).sum()
+
+    return jax.value_and_grad(loss, (0, 1)), (draw(0, 3, W, W), draw(1, 5, 2, W))
+
+
 def two_pulls():
     """Two cotangents pulled back through one `cond` in a loop."""
 
@@ -200,7 +251,7 @@ def keys_in_a_branch():
 
 
 NESTED = (rnn_a_layer, chunked_attention, three_levels, two_inner_loops, accumulated_inside)
-BRANCHES = (branch_a_layer, switches, two_pulls)
+BRANCHES = (branch_a_layer, switches, branches_traced_once, loops_traced_once, two_pulls)
 MAPS = (maps, unchecked_maps, loops_in_maps)
 PROGRAMS = {f.__name__: f for f in (*NESTED, *BRANCHES, *MAPS, keys_in_a_branch)}
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -234,7 +234,7 @@ def test_converges_and_compiles_once(case):
     "case", [c for c in CASES.values() if c.batched], ids=[n for n, c in CASES.items() if c.batched]
 )
 def test_a_stack_is_a_batch_of_matrices(case):
-    stack = {"kernel": jax.random.normal(jax.random.key(1), (3, 8, 64))}
+    stack = {"kernel": jax.random.normal(jax.random.key(1), (3, 8, 128))}
     apart = {f"kernel{i}": stack["kernel"][i] for i in range(3)}
     optimizer = case(0.1, **({"refresh_every": 1} if "refresh_every" in case.settings else {}))
 
