@@ -207,7 +207,7 @@ class _Table:
         for _ in range(20):
             middle = (low + high) / 2
             low, high = (low, middle) if self.cheapest(middle) is not None else (middle, high)
-        between = np.geomspace(high, max(each), max(2, count - len(each)))
+        between = np.geomspace(max(high, 1.0), max(*each, 1.0), max(2, count - len(each)))  # blocks may hold nothing
         return sorted({*(_SLACK * x for x in each), *(_SLACK * x for x in between)}, reverse=True)
 
     def cheapest(self, bound: float) -> tuple[int, ...] | None:
