@@ -341,6 +341,7 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "sign": np.sign,
     "tanh": np.tanh,
     "square": np.square,
+    "one_minus_square": lambda x: 1 - np.square(x),
     "sqrt": np.sqrt,
     "rsqrt": lambda x: 1 / np.sqrt(x),
     "integer_pow": np.power,

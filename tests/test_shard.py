@@ -172,7 +172,7 @@ def test_collectives_are_what_the_strategy_promises(strategy):
     fn, args = make_step()
     name = strategy.split()[0]
     passes = [Shard(mesh_of(name), name, least_elements=64)]
-    least = min(point.peak_bytes for point in memopt.optimize(fn, passes=passes).frontier(*args))
+    least = min(point.peak_bytes for point in memopt.optimize(fn, passes=passes).frontier(*args)[1:])
     budget = least if "less" in strategy else None
     step = memopt.optimize(fn, passes=passes, budget=budget, verify=False)
     found = memopt.collectives(step.lower(*args).compile())
@@ -275,9 +275,9 @@ def test_a_strategy_that_cannot_apply():
 def test_what_is_gathered_is_one_more_alternative_of_the_cut():
     fn, args = make_step()
     passes = [Shard(mesh_of("zero3"), "zero3", least_elements=64)]
-    points = memopt.optimize(fn, passes=passes).frontier(*args)
+    points = memopt.optimize(fn, passes=passes).frontier(*args)[1:]  # without the step as written
     least = min(point.peak_bytes for point in points)
-    assert least < max(point.peak_bytes for point in points[1:])
+    assert least < max(point.peak_bytes for point in points)
     plan = memopt.optimize(fn, passes=passes, budget=least).plan(*args)
     again = [d for d in plan.decisions if d.choice == "recompute"]
     assert len(again) >= 2 and all("sharding_constraint" in d.name for d in again)
