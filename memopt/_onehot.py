@@ -56,6 +56,10 @@ def _is_one_a_row(eqn: Any) -> bool:
     """Whether a scatter's windows are single places along one dimension, at most one of them in each row."""
     operand, indices, updates = (v.aval for v in eqn.invars)
     numbers = eqn.params["dimension_numbers"]
+    if any(c.is_local(aval) for aval in (operand, indices, updates)):
+        return False  # an iota is no part of what varies over a mesh
+    if not jnp.issubdtype(indices.dtype, jnp.signedinteger) or indices.dtype.itemsize < 4:
+        return False  # the iota has the indices' dtype, and has to count to the end of the dimension
     if eqn.params["mode"] == lax.GatherScatterMode.ONE_HOT or len(numbers.scatter_dims_to_operand_dims) != 1:
         return False
     (along,) = numbers.scatter_dims_to_operand_dims

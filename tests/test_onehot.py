@@ -93,6 +93,24 @@ def test_what_may_add_twice_stays_a_scatter(fn, shape, labels):
     assert onehot(closed) is closed
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint32])
+def test_indices_that_an_iota_of_their_dtype_could_not_follow_stay(dtype):
+    numbers = lax.ScatterDimensionNumbers((), (0,), (0,))
+
+    def fn(index, update):
+        place = lambda z, i, u: lax.scatter_add(z, i[None], u, numbers)  # noqa: E731
+        return jax.vmap(place)(jnp.zeros((4, 300)), index, update)
+
+    index, update = jnp.asarray([0, 3, 44, 120], dtype), jnp.arange(1.0, 5.0)
+    closed = flat(fn, index, update)
+    assert onehot(closed) is closed
+    wide = flat(fn, index.astype(jnp.int32), update)
+    new = onehot(wide)
+    assert new is not wide
+    got, want = (c.as_function(one)(index.astype(jnp.int32), update)[0] for one in (new, wide))
+    np.testing.assert_array_equal(got, want)
+
+
 def test_a_scatter_into_other_values_stays():
     def fn(x, index):
         return x.at[jnp.arange(4), index].add(1.0)
