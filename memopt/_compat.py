@@ -278,10 +278,3 @@ def check(closed: Any) -> None:
 def as_function(closed: Any) -> Callable[..., list[Any]]:
     """Return a function of flat arrays that runs a closed jaxpr and returns a flat list."""
     return _xcore.jaxpr_as_fun(closed)
-
-
-def run_eqn(jaxpr: Any, eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
-    """Run one equation of a jaxpr on values, which may have other shapes than its operands; its name stack stays."""
-    invars, outvars = [Var(v.aval) for v in eqn.invars], [Var(v.aval) for v in eqn.outvars]
-    one = eqn.replace(invars=invars, outvars=outvars)
-    return _core.eval_jaxpr(make_jaxpr_like(jaxpr, [], invars, outvars, [one]), (), *values)

@@ -70,11 +70,6 @@ def row_aval(aval: Any) -> Any:
     return c.row_aval(aval)
 
 
-def is_elementwise(eqn: Any) -> bool:
-    """Say whether an operation makes each element of its result from the elements at the same place."""
-    return eqn.primitive.name in _PLAIN
-
-
 def _leads(aval: Any, length: int) -> bool:
     shape = getattr(aval, "shape", ())
     return bool(shape) and shape[0] == length and not c.is_local(aval)
