@@ -25,7 +25,7 @@ def eager(closed: Any) -> Any:
     """Return an equal closed jaxpr in which early results are tied to the start of the loop after them."""
     jaxpr = c.open_jaxpr(closed)
     order = _Order(jaxpr)
-    for loop in [e for e in jaxpr.eqns if e.primitive.name in _LOOPS]:
+    for loop in [e for e in jaxpr.eqns if e.primitive.name in _LOOPS and e.outvars]:
         order.finish_before(loop)
     if not order.changed:
         return closed
@@ -50,9 +50,7 @@ class _Order:
 
     def finish_before(self, loop: Any) -> None:
         """Put what can be finished before this loop behind one barrier with it."""
-        at = next((i for i, eqn in enumerate(self.eqns) if eqn.outvars == loop.outvars), None)
-        if at is None:
-            return
+        at = next(i for i, eqn in enumerate(self.eqns) if eqn.outvars == loop.outvars)
         before = self._ancestors(self.eqns[at].invars)
         carry = self._carry(at)
         if carry is None or not any(self.eqns[i].primitive.name in _LOOPS for i in before):

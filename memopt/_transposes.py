@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import jax
+
 from memopt import _compat as c
 
 
@@ -87,6 +89,8 @@ class _Folder:
             return eqn
         if dot.params.get("out_sharding") is not None or tuple(eqn.params["permutation"]) != _exchange(dot):
             return eqn
+        if isinstance(dot.params.get("precision"), jax.lax.DotAlgorithm):
+            return eqn  # it may say different things of the two sides
         (contract, other_contract), (batch, other_batch) = dot.params["dimension_numbers"]
         numbers = ((other_contract, contract), (other_batch, batch))
         self._folded.add(dot.outvars[0])

@@ -86,3 +86,9 @@ def test_results_are_equal(fn, left, right, transposes):
 def test_what_has_no_transpose_stays():
     closed = jax.make_jaxpr(lambda a, b: a @ b)(draw(3, 4), draw(4, 5))
     assert fold(closed) is closed
+
+
+def test_an_algorithm_with_two_sides_is_not_exchanged():
+    algorithm = lax.DotAlgorithm(np.float32, np.float32, np.float32)
+    closed = jax.make_jaxpr(lambda a, b: lax.dot(a, b, precision=algorithm).T)(draw(3, 4), draw(4, 5))
+    assert fold(closed) is closed
