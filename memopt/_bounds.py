@@ -68,8 +68,8 @@ class Bounds:
         inputs = [self._input(v, atom) for v, atom in zip(op.inputs, op.eqn.invars, strict=True)]
         if name in _SAME:
             return inputs[0]
-        if aval.dtype == np.bool_ or jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended):
-            return None  # a typed key is no number
+        if aval.dtype == np.bool_:  # asked so, for a typed key has no NumPy dtype
+            return None
         few = self._few(op, inputs) if name in _POINTWISE else None
         if few is not None:
             return few
