@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import io_callback
 
 from memopt import _compat as c
 from memopt import _eager, _inline
@@ -104,3 +105,16 @@ def test_effects_are_not_moved():
     closed = flat(told)
     order = [n for n in names(_eager.eager(closed)) if n in ("scan", "debug_print", "debug_callback")]
     assert order == [n for n in names(closed) if n in ("scan", "debug_print", "debug_callback")]
+
+
+def test_what_an_effect_has_a_part_in_waits_for_its_turn():
+    def told(weights, x):
+        new, value = updated(weights, x)
+        scale = io_callback(lambda: np.float32(2.0), jax.ShapeDtypeStruct((), jnp.float32))
+        return {**new, "head": new["head"] * scale}, value
+
+    new = c.open_jaxpr(_eager.eager(flat(told)))
+    order = [eqn.primitive.name for eqn in new.eqns if eqn.primitive.name in ("scan", "io_callback")]
+    assert order == ["scan", "scan", "io_callback"]
+    makers = {v: eqn.primitive.name for eqn in new.eqns for v in eqn.outvars}
+    assert [makers[v] for v in new.outvars if v.aval.size == WIDTH * VOCABULARY] == ["mul"]

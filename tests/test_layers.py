@@ -138,6 +138,14 @@ def test_bounds_are_met_and_the_least_of_them_by_a_hair():
     assert found.cheapest(0.98 * bounds[-1]) is None
 
 
+def test_blocks_that_hold_nothing_have_bounds():
+    costs = object.__new__(_layers._Table)
+    costs.kept, costs.head = [set(), set()], 0.0
+    costs.held, costs.flops = np.zeros(2), np.zeros((2, 3))
+    costs.work, costs.each = np.zeros((2, 3)), np.zeros(2)
+    assert np.isfinite(costs.bounds(6)).all()
+
+
 def test_plans_of_blocks_lower_the_peak_below_all_matmuls_kept():
     layers, found = table()
     frugal = search().score(layers.choice([found.kept[0]] * len(layers.blocks)))
