@@ -92,9 +92,10 @@ class _Order:
             return None
         while self.eqns[i].primitive.name in _VIEWS and self.eqns[i].invars[0] in self.maker:
             views.append(i)
-            i = self.maker[self.eqns[i].invars[0]]
-            if len(self.readers[self.eqns[i].outvars[0]]) > 1:
+            source = self.eqns[i].invars[0]
+            if len(self.readers[source]) > 1:
                 return None
+            i = self.maker[source]
         matmul = self.eqns[i]
         if matmul.primitive.name not in _MATMULS or matmul.effects or matmul.outvars[0] in self.results:
             return None

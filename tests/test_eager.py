@@ -118,3 +118,16 @@ def test_what_an_effect_has_a_part_in_waits_for_its_turn():
     assert order == ["scan", "scan", "io_callback"]
     makers = {v: eqn.primitive.name for eqn in new.eqns for v in eqn.outvars}
     assert [makers[v] for v in new.outvars if v.aval.size == WIDTH * VOCABULARY] == ["mul"]
+
+
+def test_a_view_of_the_second_of_two_results_is_left():
+    def ranked(weights, x):
+        view = lax.top_k(x, 4)[1].reshape(-1)
+        new, value = updated(weights, x)
+        return new, value * view.astype(jnp.float32)
+
+    closed = flat(ranked)
+    new = _eager.eager(closed)
+    c.check(new)
+    for got, want in zip(run(new), run(closed), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-8)
