@@ -372,10 +372,14 @@ class Fusion:
         """Return when XLA's scheduler runs a kernel that nothing waits for: before the next that makes as much."""
         graph = self.graph
         freed = max((graph.bytes[v] for v in op.ins if v >= 0), default=0)
+        before = index
         for later in range(index + 1, min(index + _PATIENCE, self.end)):
+            if not graph.ops[later].live:
+                continue
             made = [v for v in graph.ops[later].outs if v in self.stored and v not in self.outputs]
             if any(graph.bytes[v] >= freed for v in made):
-                return later - 1
+                return before
+            before = later
         return index
 
     def _takes(self, root: tg.Op, place: int, index: int, op: tg.Op) -> bool:
