@@ -176,6 +176,18 @@ def test_visits_are_all_blocks_with_an_allowed_pair(settings, sizes):
     assert {j for _, j in kinds} == set(range(-(-13 // sizes[1])))
 
 
+def test_only_visited_tiles_are_counted_and_each_once():
+    q = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+
+    def step(q, k, v):
+        return attention(q, k, v, is_causal=True, implementation="tpu").astype("float32").sum()
+
+    tile = 2 * 512 * 512 * 64  # three of four blocks of 512 x 512 hold an allowed pair
+    products = 2 + 3 + 4  # forward, gradient of the queries, gradients of keys and values
+    rows = 2 * 2 * 1024 * 64  # the products of output and cotangent
+    assert memopt.matmul_flops(jax.make_jaxpr(jax.grad(step, (0, 1, 2)))(q, q, q)) == 2 * 3 * products * tile + rows
+
+
 def test_memory_is_linear_in_the_length():
     def temporaries(length: int) -> int:
         q = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
