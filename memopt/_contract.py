@@ -165,6 +165,9 @@ class Rewriter(Protocol):
       stage: rewrites run from the lowest stage to the highest, in whatever order the user lists the passes.
       optional: whether plans of the step without this rewrite stand on the ladder beside those with it; a rewrite that
         is not optional is applied whatever the budget.
+
+    A pass may have `parts()`, which returns rewriters that do its work one after another: the planner may then leave
+    out the last of them, where they are optional.
     """
 
     stage: ClassVar[int]

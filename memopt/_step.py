@@ -35,6 +35,7 @@ class Step:
       variant: how a loop is divided, None where none is.
       context: what rewriting passes may know.
       rewrites: names of the passes that rewrite this step first; None for all that can.
+      rewritten: outcomes of rewrites that steps of one planning share (`_rewrite.apply`).
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class Step:
         variant: _split.Variant | None = None,
         context: Context | None = None,
         rewrites: Sequence[str] | None = None,
+        rewritten: dict[tuple[str, ...], _rewrite.Outcome] | None = None,
     ):
         self.variant = variant
         self.context = Context(target) if context is None else context
         self.rewriters = [p for p in _rewrite.rewriters(passes) if rewrites is None or p.name in rewrites]
-        self.closed, self.target, self.passes = closed, target, passes
+        self.closed, self.target, self.passes, self._rewritten = closed, target, passes, rewritten
         shardings = self.outcome.shardings or shardings
         self.local = None if shardings is None else local_shapes(self.flat, shardings)
         self.notes = () if self.local is None else self.local.notes
@@ -73,7 +75,8 @@ class Step:
         respect = any(getattr(p, "respect_checkpoint", False) for p in self.passes)
         flat = _inline.inline(self.closed, respect_checkpoint=respect)
         flat = c.close(c.dce(flat)[0], c.jaxpr_consts(flat))
-        return _rewrite.apply(flat, self.rewriters, self.context, respect_checkpoint=respect)
+        known = self._rewritten
+        return _rewrite.apply(flat, self.rewriters, self.context, respect_checkpoint=respect, known=known)
 
     @functools.cached_property
     def flat(self) -> Any:
