@@ -14,13 +14,13 @@ import jax
 from jax.extend.core import jaxpr_as_fun
 
 from memopt import _compat_frontend as compat
-from memopt import _planner, _rewrite
+from memopt import _hosted, _planner, _rewrite
 from memopt._budget import Budget
 from memopt._compat import open_jaxpr
 from memopt._contract import Context
 from memopt._local import Shardings, leaf_shardings
 from memopt._plans import Plans
-from memopt._scopes import MARKERS
+from memopt._scopes import MARKERS, USED, marks_in
 from memopt._signature import JitOptions, Signature, Statics
 from memopt._target import Target
 
@@ -64,7 +64,7 @@ def make_ladder(
     """Ask the planner for the ladder of a step, or for the one rung of a saved plan."""
     common = {"donated": donated, "target": settings.target, "scopes": MARKERS, "shardings": shardings}
     common["context"] = context
-    common["passes"] = default_passes() if settings.passes is None else settings.passes
+    common["passes"] = default_passes(closed_jaxpr) if settings.passes is None else settings.passes
     if settings.plan is not None:
         return _planner.ladder_of_plan(closed_jaxpr, settings.plan, **common)
     return _planner.make_ladder(closed_jaxpr, overrides=settings.overrides, **common)
@@ -84,11 +84,12 @@ def read_passes(passes: Any) -> tuple[Any, ...] | None:
     return found
 
 
-def default_passes() -> Sequence[Any]:
-    """Return `memopt.passes.default()`."""
+def default_passes(closed_jaxpr: Any = None) -> Sequence[Any]:
+    """Return `memopt.passes.default()`, and the passes that scopes inside a step ask for."""
     from memopt import passes
 
-    return passes.default()
+    asked = USED and closed_jaxpr is not None and USED & marks_in(closed_jaxpr)
+    return passes.default() + (passes.asked_for(asked) if asked else [])
 
 
 @dataclass(eq=False)
@@ -235,6 +236,14 @@ class Program:
     def jaxpr(self) -> Any:
         """The rewritten closed jaxpr; the plain one where nothing is planned."""
         return self.closed_jaxpr if self.index is None else self.rung.jaxpr()
+
+    @property
+    def transfers(self) -> tuple[str, bool]:
+        """What became of transfers to the host when the chosen rung was compiled, and whether any was dropped."""
+        target = self.settings.target
+        if target.platform == "cpu" or self.memory is None or self.runs_plain:
+            return "", False  # on the CPU the host's memory is the device's own
+        return _hosted.report(_hosted.sent_bytes(self.jaxpr, target.platform), self.memory)
 
     def evaluate(self, leaves: Sequence[Any], jaxpr: Any) -> Any:
         """Run a rewritten jaxpr on the leaves of a call and rebuild the outputs."""

@@ -31,11 +31,12 @@ class Offload:
         with a pass that repeats, values of which nothing goes are repeated).
       hidden: the part of a transfer that is hidden behind computation, from 0 to 1; the rest is counted as time.
       least_bytes: smaller values stay.
+      only_marked: only what `@memopt.offload` marks.
 
     Example:
       >>> import memopt
       >>> memopt.passes.Offload()
-      Offload(where=(), fraction=1.0, hidden=0.5, least_bytes=1048576)
+      Offload(where=(), fraction=1.0, hidden=0.5, least_bytes=1048576, only_marked=False)
 
     Raises:
       ValueError: a fraction outside its range, or a pattern that matches no module path.
@@ -51,6 +52,7 @@ class Offload:
     fraction: float = 1.0
     hidden: float = 0.5
     least_bytes: int = 1 << 20
+    only_marked: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "where", (self.where,) if isinstance(self.where, str) else tuple(self.where))
@@ -71,12 +73,13 @@ class Offload:
             yield Left("Offload", "the link between this device and its host is not known")
             return
         for one in _residuals.chosen(survey, self.where):
-            if one.bytes < self.least_bytes or not one.aval.shape:
+            asked = one.mark == "offload"
+            if one.bytes < self.least_bytes or not one.aval.shape or (self.only_marked and not asked):
                 continue
             form = _Away(*_part(one.aval.shape, self.fraction), one.aval.shape)
             stays = one.bytes * (1 - form.count / one.aval.shape[form.axis])
             seconds = 2 * (one.bytes - stays) / link * (1 - self.hidden)
-            yield Store(one.value, seconds, int(stays), form.encode, form.decode, name="host")
+            yield Store(one.value, seconds, int(stays), form.encode, form.decode, name="host", asked=asked)
 
 
 def _part(shape: tuple[int, ...], fraction: float) -> tuple[int, int]:
