@@ -370,7 +370,7 @@ class Fusion:
         return True
 
     def _idle_until(self, op: tg.Op, index: int) -> int:
-        """Return when XLA's scheduler runs a kernel that nothing waits for: before the next that makes a part as much."""
+        """Return when XLA's scheduler runs a kernel that nothing waits for: before the next of some size."""
         graph = self.graph
         freed = _SLIGHT * max((graph.bytes[v] for v in op.ins if v >= 0), default=0)
         before = index
