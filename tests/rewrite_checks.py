@@ -91,7 +91,7 @@ def check(
 
 
 def can_run(closed: jex.ClosedJaxpr) -> bool:
-    """Return whether JAX itself can lower a program: it traces a derivative of a `custom_vjp`'s own and refuses then."""
+    """Return whether JAX itself can lower a program: not so where a `custom_vjp` was differentiated forward."""
     live, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.out_avals))
     return not _holds(getattr(live, "jaxpr", live), "custom_lin")
 
