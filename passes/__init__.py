@@ -18,6 +18,6 @@ def default() -> list:
     Example:
       >>> import memopt
       >>> memopt.passes.default()
-      [Remat(respect_checkpoint=False)]
+      [Remat(respect_checkpoint=False), Kernels(attention=True, losses=True)]
     """
-    return [Remat()]
+    return [Remat(), Kernels()]

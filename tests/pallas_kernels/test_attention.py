@@ -17,7 +17,7 @@ from memopt.pallas_kernels.attention import tpu_backward
 from tests.pallas_kernels.attention_cases import CASES, ERRORS, Case, operands
 
 FORMS = ("lean", "tpu", "gpu")
-QUICK_KERNEL_CASES = {"tpu": ("grouped causal",), "gpu": ("cross",)}  # emulation is slow
+QUICK_KERNEL_CASES = {"tpu": ("grouped causal", "key bias"), "gpu": ("cross",)}  # emulation is slow
 BLOCKS = {"lean": (32, 64), "tpu": (128, 128), "gpu": (32, 64)}
 
 
