@@ -5,11 +5,23 @@ from memopt.passes.compress_state import CompressState as CompressState
 from memopt.passes.fuse_update import FuseUpdate as FuseUpdate
 from memopt.passes.kernels import Kernels as Kernels
 from memopt.passes.lossless import Lossless as Lossless
+from memopt.passes.low_rank_state import LowRankState as LowRankState
 from memopt.passes.offload import Offload as Offload
 from memopt.passes.remat import Remat as Remat
 from memopt.passes.shard import Shard as Shard
 
-__all__ = ["Compress", "CompressState", "FuseUpdate", "Kernels", "Lossless", "Offload", "Remat", "Shard", "default"]
+__all__ = [
+    "Compress",
+    "CompressState",
+    "FuseUpdate",
+    "Kernels",
+    "Lossless",
+    "LowRankState",
+    "Offload",
+    "Remat",
+    "Shard",
+    "default",
+]
 
 
 def default() -> list:
