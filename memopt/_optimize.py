@@ -209,7 +209,9 @@ class Optimized:
         """
         program = self._ask(Core.planned, args, kwargs)
         index = 0 if program.index is None else program.index
-        return program.ladder.plan(index, budget_bytes=program.budget_bytes)
+        plan = program.ladder.plan(index, budget_bytes=program.budget_bytes)
+        sent, _ = program.transfers
+        return dataclasses.replace(plan, notes=(*plan.notes, sent)) if sent else plan
 
     def asked_for(self, *args: Any, **kwargs: Any) -> tuple[str, str]:
         """Return what tells saved plans of several signatures apart: the types of the arguments, and the target."""

@@ -14,7 +14,7 @@ import jax
 from jax.extend.core import jaxpr_as_fun
 
 from memopt import _compat_frontend as compat
-from memopt import _planner, _rewrite
+from memopt import _hosted, _planner, _rewrite
 from memopt._budget import Budget
 from memopt._compat import open_jaxpr
 from memopt._contract import Context
@@ -235,6 +235,14 @@ class Program:
     def jaxpr(self) -> Any:
         """The rewritten closed jaxpr; the plain one where nothing is planned."""
         return self.closed_jaxpr if self.index is None else self.rung.jaxpr()
+
+    @property
+    def transfers(self) -> tuple[str, bool]:
+        """What became of transfers to the host when the chosen rung was compiled, and whether any was dropped."""
+        target = self.settings.target
+        if target.platform == "cpu" or self.memory is None or self.runs_plain:
+            return "", False  # on the CPU the host's memory is the device's own
+        return _hosted.report(_hosted.sent_bytes(self.jaxpr, target.platform), self.memory)
 
     def evaluate(self, leaves: Sequence[Any], jaxpr: Any) -> Any:
         """Run a rewritten jaxpr on the leaves of a call and rebuild the outputs."""

@@ -93,19 +93,31 @@ class Search:
     def run(self, *, refined: bool = True) -> list[Rung]:
         """Return all plans that were found; without `refined` those of the sweep alone."""
         usage = self.kept.usage
-        self.network = Network(
-            self.survey, self.repeatable, usage > _HOT * usage.max(initial=0), self.step.always, self.step.stores
-        )
+        hot = usage > _HOT * usage.max(initial=0)
         self.unit = self.step.baseline_seconds / max(1.0, usage.max(initial=0))
-        self.weights = (usage > _HOT * usage.max(initial=0)).astype(float)
-        self.sweep()
+        self.weights = hot.astype(float)
+        for repeatable, stores in self._techniques():
+            self.network = Network(self.survey, repeatable, hot, self.step.always, stores)
+            self.sweep()
+            if refined and repeatable == self.repeatable:
+                self.seed(usage, necks=not stores and not _layers.plan(self))
+                self.tighten()
+                self.prune()
+                self.fill()
         if refined:
-            self.seed(usage, necks=not _layers.plan(self))
-            self.tighten()
-            self.prune()
-            self.fill()
             refine(self)
         return list(self.seen.values())
+
+    def _techniques(self) -> list[tuple[dict[int, float], Sequence[Any]]]:
+        """Return what may be repeated and stored in each sweep: repeats alone, stores alone, then both.
+
+        What one price finds of both together need not hold the best plans of each.
+        """
+        found = [(self.repeatable, self.step.stores)]
+        if self.step.stores and self.repeatable:
+            alone = [] if self.always else [({}, self.step.stores)]
+            found = [(self.repeatable, ()), *alone, *found]
+        return found
 
     def sweep(self) -> None:
         """Find the lower hull of peak against time for one price in all segments that the peak's bytes reach.
@@ -168,8 +180,17 @@ class Search:
         Where memory binds in many segments alike, the price asks for bytes there that lower no peak.
         """
         for rung in self._hull():
-            for choice in self._kept_again(rung, _DEAR * rung.recompute_flops):
+            for choice in [*self._kept_again(rung, _DEAR * rung.recompute_flops), *self._kept_plain(rung)]:
                 self.score(choice, rung.price)
+
+    def _kept_plain(self, rung: Rung) -> list[Choice]:
+        """Return the plan without one of its stores, those first that take the most seconds for a byte saved."""
+        survey, stores = self.survey, rung.choice.stores
+        saved = {v: max(1, survey.bytes_of_value(v) - s.bytes) for v, s in stores.items()}
+        dear = sorted((v for v, s in stores.items() if s.seconds), key=lambda v: (-stores[v].seconds / saved[v], v))
+        most = max(_DEAREST, _TRIED // len(survey.graph.ops) // max(1, len(stores)))
+        kept = [{v: s for v, s in stores.items() if v != one} for one in dear[:most]]
+        return [Choice(rung.choice.repeats, stores) for stores in kept]
 
     def _kept_again(self, rung: Rung, least_flops: float = 0.0) -> list[Choice]:
         """Return the plan without the repeats of one operation, the dearest first."""
@@ -202,7 +223,8 @@ class Search:
             if gap is None:
                 break
             tried.add((id(gap[0]), id(gap[1])))
-            for choice in [*_mixtures(gap[0].choice, gap[1].choice, self.always), *self._kept_again(gap[1])]:
+            mixed = _mixtures(gap[0].choice, gap[1].choice, self.always, self.survey.graph)
+            for choice in [*mixed, *self._kept_again(gap[1]), *self._kept_plain(gap[1])]:
                 self.score(choice)
             self._vary(gap, random)
 
@@ -259,28 +281,42 @@ def _is_wide(gap: tuple[Rung, Rung]) -> bool:
 
 def _between(gap: tuple[Rung, Rung]) -> float:
     """What a plan between two neighbours could save at most: bytes for seconds."""
-    free = gap[1].recompute_flops <= gap[0].recompute_flops
+    free = gap[1].recompute_flops <= gap[0].recompute_flops and gap[0].choice.stores == gap[1].choice.stores
     return _bytes_between(*gap) * (gap[1].seconds - gap[0].seconds) * (_FREE if free else 1.0)
 
 
-def _mixtures(one: Choice, other: Choice, always: Set[int]) -> list[Choice]:
+def _mixtures(one: Choice, other: Choice, always: Set[int], graph: Any) -> list[Choice]:
     """Return the two plans that follow one choice for the first half of what they differ in, and the other after it."""
-    if one.stores or other.stores:
-        return []
     left, right = ({(op, place) for place, ops in x.repeats.items() for op in ops} for x in (one, other))
-    differing = sorted({op for op, _ in left ^ right})
+    makers = {v: _maker(graph, v) for v in {*one.stores, *other.stores}}
+    stored = {makers[v] for v in makers if one.stores.get(v) is not other.stores.get(v)}
+    differing = sorted({op for op, _ in left ^ right} | stored)
     if len(differing) < 2:
         return []
     middle = differing[len(differing) // 2]
-    found = []
     both = {e for e in left | right if e[0] in always}
-    for first, second in ((left, right), (right, left)):
-        repeats: dict[int, set[int]] = {}
-        entries = {e for e in first if e[0] < middle} | {e for e in second if e[0] >= middle}
-        for op, place in sorted(entries | both):
-            repeats.setdefault(place, set()).add(op)
-        found.append(Choice({place: frozenset(ops) for place, ops in repeats.items()}))
-    return found
+    return [
+        _joined((a, x.stores), (b, y.stores), middle, both, makers)
+        for (a, x), (b, y) in (((left, one), (right, other)), ((right, other), (left, one)))
+    ]
+
+
+def _joined(first: tuple, second: tuple, middle: int, both: Set, makers: Mapping[int, int]) -> Choice:
+    """Return the first plan's decisions on the operations before one, and the second's on the rest."""
+    entries = {e for e in first[0] if e[0] < middle} | {e for e in second[0] if e[0] >= middle}
+    repeats: dict[int, set[int]] = {}
+    for op, place in sorted(entries | both):
+        repeats.setdefault(place, set()).add(op)
+    stores = {v: s for v, s in first[1].items() if makers[v] < middle}
+    stores |= {v: s for v, s in second[1].items() if makers[v] >= middle}
+    return Choice({place: frozenset(ops) for place, ops in repeats.items()}, dict(sorted(stores.items())))
+
+
+def _maker(graph: Any, value: int) -> int:
+    """Return the operation that makes a value; of a loop's carry the loop's."""
+    item = graph.values[value]
+    op = item.op or graph.regions[item.region].op
+    return -1 if op is None else op.id
 
 
 def _is_matmul(op: Any) -> bool:
@@ -296,10 +332,19 @@ def _is_named(op: Any) -> bool:
 
 
 def hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:
-    """Drop every plan that another one beats in peak and cost, or that saves nothing; largest peak first."""
-    ordered = sorted(rungs, key=lambda r: (r.recompute_flops, r.seconds, r.predicted_peak_bytes))
+    """Drop every plan that another one beats in peak and cost, or that saves nothing; largest peak first.
+
+    The cost is the repeated FLOPs, then the seconds; where a plan stores a value for seconds (a transfer, a codec), it
+    is the seconds of all of them: FLOPs alone would call a slow transfer free.
+    """
+    timed = any(s.seconds for rung in rungs for s in rung.choice.stores.values())
+
+    def cost(rung: Rung) -> tuple[float, float, int]:
+        seconds, flops = rung.seconds, rung.recompute_flops
+        return (seconds, flops, rung.predicted_peak_bytes) if timed else (flops, seconds, rung.predicted_peak_bytes)
+
     out: list[Rung] = []
-    for rung in ordered:
+    for rung in sorted(rungs, key=cost):
         if rung.predicted_peak_bytes < (out[-1] if out else plain).predicted_peak_bytes:
             out.append(rung)
     for before, rung in zip(out, out[1:], strict=False):

@@ -16,6 +16,7 @@ import numpy as np
 from jax.extend import core
 
 from memopt import _cost
+from memopt._sizes import is_on_host
 
 _FLOAT32 = np.dtype(np.float32)
 _Literal = core.Literal  # looked up once: it is asked of every operand of every plan
@@ -212,7 +213,7 @@ def _lay_out(graph: Graph, op: Op) -> None:
         if value in graph.padding:
             for out in op.outs:
                 aval = graph.avals[out]
-                if getattr(aval, "shape", None) == getattr(graph.avals[value], "shape", ()):
+                if getattr(aval, "shape", None) == getattr(graph.avals[value], "shape", ()) and not is_on_host(aval):
                     graph.padding[out] = graph.padding[value]
                     graph.bytes[out] = max(graph.bytes[out], int(_cost.aval_bytes(aval) * graph.padding[value]))
 

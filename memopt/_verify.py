@@ -212,6 +212,8 @@ def log_plan(program: Program, reasons: list[str]) -> None:
     ]
     if memory is not None:
         parts.append(f"compiled {format_bytes(memory.peak_bytes)} in {memory.compile_seconds or 0:.1f} s")
+        if program.transfers[0]:
+            (logger.warning if program.transfers[1] else logger.info)(program.transfers[0])
         if memory.xla_remat_ops:
             parts.append(f"{memory.xla_remat_ops} operations repeated by XLA itself")
     parts.append(f"{rung.recompute_flops:.3g} FLOPs repeated")

@@ -1,0 +1,73 @@
+"""Plans with stores in the search: mixed, pruned, and ordered by their seconds."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from memopt import _search
+from memopt._contract import Store
+from memopt._network import Choice
+from memopt._planner import make_ladder
+from memopt._target import Target
+from memopt.passes import Compress, Offload, Remat
+from tests import forced
+
+CPU = Target.parse("cpu")
+ARGS = jax.ShapeDtypeStruct((6, 256, 256), jnp.float32), jax.ShapeDtypeStruct((2048, 256), jnp.float32)
+
+
+def loss(ws, x):
+    return jnp.sum(jax.lax.scan(lambda h, w: (jnp.sin(h + jax.nn.gelu(h @ w)), None), x, ws)[0] ** 2)
+
+
+def ladder(passes):
+    closed = jax.make_jaxpr(jax.grad(loss))(*ARGS)
+    return make_ladder(closed, donated=[False] * 2, target=CPU, passes=passes)
+
+
+def store(value):
+    return Store(value, 1.0, 8, lambda x: x, lambda x: x)
+
+
+def test_mixtures_take_one_plans_forms_up_to_an_operation_and_the_others_after_it():
+    graph = forced.survey_of(jax.make_jaxpr(jax.grad(loss))(*ARGS)).graph
+    made = [v for v in graph.values if v.op is not None and not v.op.bodies][:4]
+    first, second, third, fourth = (store(v.id) for v in made)
+    one = Choice({0: frozenset({made[0].op.id})}, {first.value: first, second.value: second})
+    other = Choice({}, {third.value: third, fourth.value: fourth})
+    found = _search._mixtures(one, other, set(), graph)
+    middle = sorted({v.op.id for v in made})[2]
+    early = {v.id for v in made if v.op.id < middle}
+    assert [set(c.stores) for c in found] == [
+        {v for v in one.stores if v in early} | {v for v in other.stores if v not in early},
+        {v for v in other.stores if v in early} | {v for v in one.stores if v not in early},
+    ]
+    assert found[0].repeats == one.repeats and found[1].repeats == {}
+
+
+def rung(flops, seconds, peak, stored=0.0):
+    choice = types.SimpleNamespace(stores={0: types.SimpleNamespace(seconds=stored)} if stored else {})
+    return types.SimpleNamespace(recompute_flops=flops, seconds=seconds, predicted_peak_bytes=peak, choice=choice)
+
+
+def test_a_slow_transfer_is_not_called_free():
+    plain, repeat, away = rung(0, 0, 100), rung(5, 0.1, 60), rung(0, 9.0, 50, stored=9.0)
+    assert _search.hull(plain, [away, repeat]) == [repeat, away]
+    assert _search.hull(plain, [rung(0, 9.0, 50), repeat])[0].recompute_flops == 0
+
+
+@pytest.mark.parametrize("technique", [Compress("int8"), Offload(least_bytes=4096)])
+def test_a_mix_is_nowhere_worse_than_either_alone(technique):
+    mixed, *alone = [ladder(p).rungs for p in ([Remat(), technique], [Remat()], [technique])]
+    peaks = [r.predicted_peak_bytes for r in mixed]
+    assert peaks == sorted(peaks, reverse=True)
+    seconds = [r.seconds for r in mixed[1:]]
+    assert seconds == sorted(seconds)
+    for rungs in alone:
+        for single in rungs[1:]:
+            within = [r.seconds for r in mixed if r.predicted_peak_bytes <= 1.001 * single.predicted_peak_bytes]
+            assert min(within, default=np.inf) <= single.seconds + 0.05 * abs(single.seconds) + 1e-9, single
+    assert any(r.choice.stores for r in mixed)
