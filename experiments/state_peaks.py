@@ -50,6 +50,8 @@ def variants() -> dict[str, Callable[[], list[Any]]]:
         "fused": lambda: [p.FuseUpdate()],
         "int8": lambda: [p.CompressState("dynamic8", "*.mu*"), p.CompressState("dynamic8-unsigned", "*.nu*")],
         "int4": lambda: [p.CompressState("dynamic4", "*.mu*"), p.CompressState("rank1-linear4", "*.nu*")],
+        "low_rank": lambda: [p.LowRankState(rank=512)],
+        "host": lambda: [p.Offload(state="*opt_state*")],
     }
 
 

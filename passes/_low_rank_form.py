@@ -96,7 +96,7 @@ def moments_of(nodes: Sequence[tuple[tuple, Any]], stores: Callable[[tuple, Any]
 def _split(path: tuple) -> tuple[str, str]:
     """Cut the path of a moment into that of its tree, which ends with a field such as `.mu`, and the parameter's."""
     fields = [i for i, key in enumerate(path) if isinstance(key, jax.tree_util.GetAttrKey)]
-    cut = fields[-1] + 1 if fields and fields[-1] + 1 < len(path) else max(0, len(path) - 1)
+    cut = fields[-1] + 1 if fields else max(0, len(path) - 1)
     return jax.tree_util.keystr(path[:cut]), jax.tree_util.keystr(path[cut:])
 
 

@@ -47,8 +47,8 @@ class LowRankState:
 
     Args:
       rank: dimensions of the subspace. Matrices with an axis of this length or shorter stay as they are.
-      where: a pattern of `jax.tree_util.keystr` paths of moments, or several; `*` and `?` are special. A path may be
-        written with or without the number of the argument. Leaves named `bias` or `scale` stay as they are.
+      where: a pattern of `jax.tree_util.keystr` paths of the optimizer's state, or several; `*` and `?` are special. A
+        path may be written with or without the number of the argument. Leaves named `bias` or `scale` stay as they are.
       scale: factor of the projected updates, the paper's alpha.
       refresh_every: updates between two bases of a matrix.
       side: "auto" projects the shorter axis, "left" the rows' axis, "right" the columns'.
@@ -62,17 +62,19 @@ class LowRankState:
 
     Example:
       >>> import jax, jax.numpy as jnp, memopt, optax
-      >>> optimizer = optax.adam(0.1)
+      >>> optimizer = optax.sgd(0.1, momentum=0.9)
       >>> def step(params, moments, x):
       ...     grads = jax.grad(lambda p: jnp.mean((x @ p) ** 2))(params)
       ...     updates, moments = optimizer.update(grads, moments, params)
       ...     return optax.apply_updates(params, updates), moments
-      >>> step = memopt.optimize(step, passes=[memopt.passes.LowRankState(rank=4, where="*")])
+      >>> low_rank = memopt.passes.LowRankState(rank=4, where="*.trace*")
+      >>> step = memopt.optimize(step, passes=[low_rank])
       >>> params, x = jnp.ones((64, 128)), jnp.ones((4, 64))
-      >>> moments = step.compress(optimizer.init(params), params, optimizer.init(params), x)
+      >>> moments = optimizer.init(params)
+      >>> moments = step.compress(moments, params, moments, x)
       >>> params, moments = step(params, moments, x)
-      >>> moments[0].mu.low.shape, moments[0].nu.low.shape, moments[0].mu.basis.shape
-      ((4, 128), (4, 128), (64, 4))
+      >>> moments[0].trace.low.shape, moments[0].trace.basis.shape, step.decompress(moments)[0].trace.shape
+      ((4, 128), (64, 4), (64, 128))
 
     Source: Zhao et al. 2024, "GaLore: Memory-efficient LLM training by gradient low-rank projection", algorithm 2, with
     a randomised range finder in place of its SVD; here after differentiation.
