@@ -50,6 +50,7 @@ class Store:
       name: what the plan calls this form, such as `"int8"`.
       readers: ids of the operations, as the step is written, that the decoded value serves, where it is right for them
         alone (a sketch for a weight gradient, bits for a pooling's); no repeat starts from it. None: all readers.
+      asked: whether the user asked for this form of this value by a scope: then every plan has it.
     """
 
     value: int
@@ -60,6 +61,7 @@ class Store:
     error: float = 0.0
     name: str = "encoded"
     readers: frozenset[int] | None = None
+    asked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +166,9 @@ class Rewriter(Protocol):
       stage: rewrites run from the lowest stage to the highest, in whatever order the user lists the passes.
       optional: whether plans of the step without this rewrite stand on the ladder beside those with it; a rewrite that
         is not optional is applied whatever the budget.
+
+    A pass may have `parts()`, which returns rewriters that do its work one after another: the planner may then leave
+    out the last of them, where they are optional.
     """
 
     stage: ClassVar[int]

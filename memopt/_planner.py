@@ -121,14 +121,14 @@ def make_ladder(
     """
     with _uncollected():
         start = time.perf_counter()
-        build = functools.partial(Step, closed, target, passes, overrides, shardings, context=context)
+        build = functools.partial(Step, closed, target, passes, overrides, shardings, context=context, rewritten={})
         step = build()
         start += step.compile_seconds
         plain = _search.plain_rung(step, donated)
         if step.survey is None:
             return Ladder([plain], step, time.perf_counter() - start)
-        steps = [step, *_without_options(step, build)]
-        rungs = [rung for one in steps for rung in _search_all(one, build, donated, plain)]
+        searches = _best([Search(one, donated, plain) for one in (step, *_without_options(step, build))])
+        rungs = [rung for search in searches for rung in _search_all(search, build, donated, plain)]
         if _rewrite.is_required(passes):
             base = max(rungs, key=lambda r: r.predicted_peak_bytes)
             found = _search.hull(dataclasses.replace(base, predicted_peak_bytes=base.predicted_peak_bytes + 1), rungs)
@@ -137,17 +137,35 @@ def make_ladder(
 
 
 def _without_options(step: Step, build: Callable[..., Step]) -> list[Step]:
-    """Return the step without the optional rewrites, where there were any."""
-    optional = {p.name for p in step.rewriters if p.optional}
-    if not optional.intersection(step.outcome.applied):
-        return []
-    other = build(rewrites=[p.name for p in step.rewriters if not p.optional])
-    return [] if other.survey is None else [other]
+    """Return the step without the last of the optional rewrites that were made, without the last two, and so on."""
+    optional = [p.name for p in step.rewriters if p.optional and p.name in step.outcome.applied]
+    found = []
+    for count in range(len(optional)):
+        left_out = optional[len(optional) - 1 - count :]
+        other = build(rewrites=[p.name for p in step.rewriters if p.name not in left_out])
+        found += [] if other.survey is None else [other]
+    return found
 
 
-def _search_all(step: Step, build: Callable[..., Step], donated: Sequence[bool], plain: Rung) -> list[Rung]:
+def _best(searches: list[Search]) -> list[Search]:
+    """Drop the forms of a step that another one beats in FLOPs, peak and seconds before anything is repeated.
+
+    Of two that are alike the later one stays, which has fewer rewrites.
+    """
+    kept = [search.kept for search in searches]
+    figures = [(r.recompute_flops, r.predicted_peak_bytes, r.seconds) for r in kept]
+
+    def is_beaten(i: int) -> bool:
+        no_worse = [j for j, other in enumerate(figures) if all(a <= b for a, b in zip(other, figures[i], strict=True))]
+        return any(figures[j] != figures[i] or j > i for j in no_worse)
+
+    return [search for i, search in enumerate(searches) if not is_beaten(i)]
+
+
+def _search_all(search: Search, build: Callable[..., Step], donated: Sequence[bool], plain: Rung) -> list[Rung]:
     """Search a step as it stands, then with its loops divided."""
-    rungs = Search(step, donated, plain).run()
+    step = search.step
+    rungs = search.run()
     for variant in _variants(step, plain, rungs):
         other = build(variant=variant, rewrites=[p.name for p in step.rewriters])
         if other.survey is not None:

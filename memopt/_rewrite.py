@@ -28,8 +28,9 @@ class Outcome:
 
 
 def rewriters(passes: Iterable[Any]) -> list[Rewriter]:
-    """Return the passes that rewrite the step, in the order in which they do."""
-    found = [p for p in passes if callable(getattr(p, "rewrite", None))]
+    """Return the passes that rewrite the step, in the order in which they do; one that has parts as its parts."""
+    parts = [part for p in passes for part in (p.parts() if callable(getattr(p, "parts", None)) else [p])]
+    found = [p for p in parts if callable(getattr(p, "rewrite", None))]
     return sorted(found, key=lambda p: (p.stage, p.name))
 
 
@@ -38,7 +39,14 @@ def is_required(passes: Iterable[Any]) -> bool:
     return any(not p.optional for p in rewriters(passes))
 
 
-def apply(closed: Any, passes: Sequence[Rewriter], context: Context, *, respect_checkpoint: bool = False) -> Outcome:
+def apply(
+    closed: Any,
+    passes: Sequence[Rewriter],
+    context: Context,
+    *,
+    respect_checkpoint: bool = False,
+    known: dict[tuple[str, ...], Outcome] | None = None,
+) -> Outcome:
     """Run the rewrites of `passes`, one after another.
 
     Args:
@@ -46,6 +54,7 @@ def apply(closed: Any, passes: Sequence[Rewriter], context: Context, *, respect_
       passes: those to run, in order.
       context: what they may know.
       respect_checkpoint: leave `jax.checkpoint` regions as they are when a rewritten step is made flat again.
+      known: outcomes of this step by the names of the passes that ran, kept by a caller who runs several sets of them.
 
     Returns:
       The outcome.
@@ -53,22 +62,30 @@ def apply(closed: Any, passes: Sequence[Rewriter], context: Context, *, respect_
     Raises:
       RuntimeError: a pass returned a step with other inputs or outputs.
     """
-    outcome = Outcome(closed)
+    known = {} if known is None else known
+    outcome, ran = known.setdefault((), Outcome(closed)), ()
     for one in passes:
-        rewritten = one.rewrite(outcome.closed, context)
-        if rewritten is None:
-            continue
-        changed = rewritten.closed is not outcome.closed
-        if changed:
-            _check(one.name, outcome.closed, rewritten)
-        outcome = Outcome(
-            _flat(rewritten.closed, respect_checkpoint) if changed else outcome.closed,
-            (*outcome.applied, one.name) if changed else outcome.applied,
-            (*outcome.rows, *rewritten.rows),
-            (*outcome.left, *rewritten.left),
-            rewritten.shardings or outcome.shardings,
-        )
+        ran = (*ran, one.name)
+        if ran not in known:
+            known[ran] = _run(outcome, one, context, respect_checkpoint)
+        outcome = known[ran]
     return outcome
+
+
+def _run(outcome: Outcome, one: Rewriter, context: Context, respect_checkpoint: bool) -> Outcome:
+    rewritten = one.rewrite(outcome.closed, context)
+    if rewritten is None:
+        return outcome
+    changed = rewritten.closed is not outcome.closed
+    if changed:
+        _check(one.name, outcome.closed, rewritten)
+    return Outcome(
+        _flat(rewritten.closed, respect_checkpoint) if changed else outcome.closed,
+        (*outcome.applied, one.name) if changed else outcome.applied,
+        (*outcome.rows, *rewritten.rows),
+        (*outcome.left, *rewritten.left),
+        rewritten.shardings or outcome.shardings,
+    )
 
 
 def _flat(closed: Any, respect_checkpoint: bool) -> Any:

@@ -1,5 +1,7 @@
 """The passes: one technique, one file. This list of the defaults is the only place that names concrete passes."""
 
+from collections.abc import Iterable
+
 from memopt.passes.compress import Compress as Compress
 from memopt.passes.compress_state import CompressState as CompressState
 from memopt.passes.fuse_update import FuseUpdate as FuseUpdate
@@ -20,6 +22,7 @@ __all__ = [
     "Offload",
     "Remat",
     "Shard",
+    "asked_for",
     "default",
 ]
 
@@ -33,3 +36,19 @@ def default() -> list:
       [Remat(respect_checkpoint=False)]
     """
     return [Remat()]
+
+
+def asked_for(marks: Iterable[str]) -> list:
+    """Return the passes that carry out what scopes ask for, for `memopt.optimize` when no passes are named.
+
+    Args:
+      marks: as `@memopt.offload` and `@memopt.compress("int8")` leave them: `"offload"`, `"compress.int8"`.
+
+    Example:
+      >>> import memopt
+      >>> memopt.passes.asked_for(["offload"])[0].only_marked
+      True
+    """
+    codecs = tuple(sorted(mark.removeprefix("compress.") for mark in marks if mark.startswith("compress.")))
+    found = [Compress(codecs, only_marked=True)] if codecs else []
+    return found + [Offload(only_marked=True)] * ("offload" in marks)

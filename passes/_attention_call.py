@@ -173,8 +173,8 @@ def static_bounds(space: Space, found: Found, value: int, allows: bool) -> tuple
         return None
     flip = bool(columns) and [id(a) for a in have][0] == id(columns[0]) and bool(time)
     nodes = region_between(space, [value], [])
-    with jax.ensure_compile_time_eval():
-        first, last, count = (np.asarray(x) for x in jax.jit(lambda: _extent(nodes, value, allows, flip))())
+    extent = jax.jit(lambda: _extent(nodes, value, allows, flip)).lower()
+    first, last, count = (np.asarray(x) for x in extent.compile()())
     return _bounds(first, last, count, int(np.prod([a.size for a in columns])))
 
 

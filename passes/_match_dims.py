@@ -152,40 +152,57 @@ def _gather_axes(node: Node, ins) -> list[list[Atom]]:
     numbers = node.eqn.params["dimension_numbers"]
     if len(numbers.collapsed_slice_dims) != 1 or ins[0] is None:
         raise Unsupported("entries are picked along more than one axis")
-    (at,), rest = numbers.collapsed_slice_dims, [i for i in range(len(ins[0]))]
-    rest.remove(at)
-    if list(numbers.operand_batching_dims) == rest and not numbers.offset_dims:
-        for i, j in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
-            if ins[0][i] and ins[1][j]:
-                _unify(ins[0][i], ins[1][j])
-        return list(ins[1][:-1])
+    rest = [i for i in range(len(ins[0])) if i not in numbers.collapsed_slice_dims]
     if len(ins[1]) == 1 and list(numbers.offset_dims) == list(range(len(rest))):
         return [ins[0][i] for i in rest]
-    raise Unsupported("entries are picked in a way that is not understood")
+    _pair_batches(ins, numbers.operand_batching_dims, numbers.start_indices_batching_dims)
+    if any(ins[0][i] for i in rest if i not in numbers.operand_batching_dims):
+        raise Unsupported("entries are picked in a way that is not understood")
+    result = list(ins[1][:-1])
+    for at in numbers.offset_dims:  # axes of size 1, which JAX leaves out of the batch
+        result.insert(at, [])
+    return result
+
+
+def _pair_batches(ins, first: Sequence[int], second: Sequence[int]) -> None:
+    for i, j in zip(first, second, strict=True):
+        if ins[0][i] and ins[1][j]:
+            _unify(ins[0][i], ins[1][j])
 
 
 def _gather(numbers, x: np.ndarray, indices: np.ndarray) -> np.ndarray:
     (at,) = numbers.collapsed_slice_dims
     if not numbers.operand_batching_dims and np.ndim(indices) == 1:
         return np.take(x, int(np.asarray(indices)[0]), axis=at)
-    moved = np.moveaxis(x, at, -1)
-    extra = indices.ndim - 1 - (x.ndim - 1)
+    moved = _rows(x, at, numbers.operand_batching_dims)
     flat_indices = indices[..., 0].reshape(*moved.shape[:-1], -1)
-    return np.take_along_axis(moved, flat_indices, axis=-1).reshape(indices.shape[:-1]) if extra >= 0 else moved
+    picked = np.take_along_axis(moved, flat_indices, axis=-1).reshape(indices.shape[:-1])
+    return np.expand_dims(picked, tuple(numbers.offset_dims))
+
+
+def _rows(x: np.ndarray, at: int, batches: Sequence[int]) -> np.ndarray:
+    """Return an array with one axis last, after the batch axes; all others have size 1 and are dropped."""
+    dropped = tuple(i for i in range(x.ndim) if i != at and i not in batches)
+    return np.squeeze(np.moveaxis(x, at, -1), tuple(i - (i > at) for i in dropped))
 
 
 def _scatter_axes(node: Node, ins) -> list[list[Atom]]:
     numbers = node.eqn.params["dimension_numbers"]
     if len(numbers.inserted_window_dims) != 1 or ins[0] is None:
         raise Unsupported("entries are added along more than one axis")
-    for i, j in zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True):
-        if ins[0][i] and ins[1][j]:
-            _unify(ins[0][i], ins[1][j])
+    _pair_batches(ins, numbers.operand_batching_dims, numbers.scatter_indices_batching_dims)
     (at,) = numbers.inserted_window_dims
-    places = [axis for i, axis in enumerate(ins[0]) if i != at] if len(ins[1]) == 1 else ins[1][:-1]
-    for added, place in zip(ins[2] or (), places, strict=False):
-        if added and place:
-            _unify(added, place)
+    added = list(ins[2] or ())
+    if len(ins[1]) == 1:
+        places = [axis for i, axis in enumerate(ins[0]) if i != at]
+    else:
+        if any(axis for i, axis in enumerate(ins[0]) if i != at and i not in numbers.operand_batching_dims):
+            raise Unsupported("entries are added in a way that is not understood")
+        places = ins[1][:-1]
+        added = [axis for i, axis in enumerate(added) if i not in numbers.update_window_dims]
+    for one, place in zip(added, places, strict=False):
+        if one and place:
+            _unify(one, place)
     return list(ins[0])
 
 
@@ -195,12 +212,15 @@ def _scatter(numbers, x: np.ndarray, indices: np.ndarray, updates: np.ndarray) -
         out = np.moveaxis(np.array(x), at, 0)
         out[int(np.asarray(indices)[0])] += updates
         return np.moveaxis(out, 0, at)
-    out = np.moveaxis(np.array(x), at, -1)
+    whole = np.array(x)
+    out = _rows(whole, at, numbers.operand_batching_dims)  # a view
     flat_indices = indices[..., 0].reshape(*out.shape[:-1], -1)
+    if np.ndim(updates) == len(numbers.update_window_dims) + indices.ndim - 1:
+        updates = np.squeeze(updates, tuple(numbers.update_window_dims))
     flat_updates = np.broadcast_to(updates, indices.shape[:-1]).reshape(flat_indices.shape)
     lead = np.indices(flat_indices.shape)[:-1]
     np.add.at(out, (*lead, flat_indices), flat_updates)
-    return np.moveaxis(out, -1, at)
+    return whole
 
 
 def _unify(first: list[Atom], second: list[Atom]) -> None:

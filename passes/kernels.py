@@ -38,10 +38,17 @@ class Kernels:
     grouped heads, and any way of writing the cross-entropy of integer labels, summed, averaged, masked or weighted,
     each only when the backward pass is exactly its own: the region is evaluated on small random inputs.
 
+    The planner takes both, attention alone, or neither: a causal attention costs fewer FLOPs than the plain one, as
+    hidden blocks are skipped; another one, and a loss, are taken where the budget asks for their memory.
+
+    Args:
+        attention: replace attention.
+        losses: replace matmuls into a cross-entropy.
+
     Example:
         >>> import memopt
-        >>> memopt.passes.Kernels()
-        Kernels()
+        >>> memopt.passes.Kernels(losses=False).name
+        'Kernels: attention'
 
     Source: Dao 2023, "FlashAttention-2"; Wijmans et al. 2024, "Cut your losses in large-vocabulary language models".
 
@@ -52,10 +59,18 @@ class Kernels:
     stage: ClassVar[int] = 10
     optional: ClassVar[bool] = True
 
+    attention: bool = True
+    losses: bool = True
+
     @property
     def name(self) -> str:
         """The pass's name in plans."""
-        return "Kernels"
+        return "Kernels" if self.attention == self.losses else f"Kernels: {'attention' if self.attention else 'losses'}"
+
+    def parts(self) -> list[Kernels]:
+        """Return one pass for each kind of kernel, in the order in which the planner takes them."""
+        found = [Kernels(losses=False)] if self.attention else []
+        return [*found, Kernels(attention=False)] if self.losses else found
 
     def propose(self, survey: Any) -> tuple[()]:
         """Propose nothing: this pass rewrites."""
@@ -64,7 +79,7 @@ class Kernels:
     def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
         """Return the step with every proven attention replaced, or None where there is none and nothing to say."""
         platform = "cpu" if context.shardings is not None else getattr(context.target, "platform", "cpu")
-        work = _Work(platform)
+        work = _Work(platform, self)
         base = work.level(c.open_jaxpr(closed))
         if not work.rows and not work.left:
             return None
@@ -75,8 +90,8 @@ class Kernels:
 class _Work:
     """One rewrite of a step: what it did so far, for the plan."""
 
-    def __init__(self, platform: str):
-        self.platform = platform
+    def __init__(self, platform: str, settings: Kernels):
+        self.platform, self.settings = platform, settings
         self.rows: list[Decision] = []
         self.left: list[Left] = []
         self.seen: set[Any] = set()  # near misses that are listed already
@@ -118,7 +133,7 @@ class _Work:
             return jaxpr
         space = Space(jaxpr, pair)
         edit = _Edit(space)
-        for node, found in _match_attention.find(space):
+        for node, found in _match_attention.find(space) if self.settings.attention else ():
             if pair is not None and node.side == OUTER:
                 continue
             if isinstance(found, str):
@@ -127,7 +142,7 @@ class _Work:
                 call = _attention_call.make(space, found, self.platform)
                 edit.replace(call, call.found.out)
                 self.rows.append(_row(space, call, len(self.rows)))
-        if pair is None:
+        if pair is None and self.settings.losses:
             self._losses(space, edit, quiet)
         return edit.done()
 

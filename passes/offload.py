@@ -31,13 +31,14 @@ class Offload(_offload_state.HostState):
         with a pass that repeats, values of which nothing goes are repeated).
       hidden: the part of a transfer that is hidden behind computation, from 0 to 1; the rest is counted as time.
       least_bytes: smaller values stay.
+      only_marked: only what `@memopt.offload` marks.
       state: `jax.tree_util.keystr` patterns of leaves of the state that lie in the host's memory between steps, a
         string or a tuple, such as `"*opt_state*"`; whatever the budget. Take `step.compress(state)` before the loop.
 
     Example:
       >>> import memopt
       >>> memopt.passes.Offload()
-      Offload(where=(), fraction=1.0, hidden=0.5, least_bytes=1048576, state=())
+      Offload(where=(), fraction=1.0, hidden=0.5, least_bytes=1048576, only_marked=False, state=())
 
     Raises:
       ValueError: a fraction outside its range, or a pattern that matches no module path.
@@ -53,6 +54,7 @@ class Offload(_offload_state.HostState):
     fraction: float = 1.0
     hidden: float = 0.5
     least_bytes: int = 1 << 20
+    only_marked: bool = False
     state: str | tuple[str, ...] = ()
     stage: ClassVar[int] = 45
 
@@ -86,12 +88,13 @@ class Offload(_offload_state.HostState):
             yield Left("Offload", "the link between this device and its host is not known")
             return
         for one in _residuals.chosen(survey, self.where):
-            if one.bytes < self.least_bytes or not one.aval.shape:
+            asked = one.mark == "offload"
+            if one.bytes < self.least_bytes or not one.aval.shape or (self.only_marked and not asked):
                 continue
             form = _Away(*_part(one.aval.shape, self.fraction), one.aval.shape)
             stays = one.bytes * (1 - form.count / one.aval.shape[form.axis])
             seconds = 2 * (one.bytes - stays) / link * (1 - self.hidden)
-            yield Store(one.value, seconds, int(stays), form.encode, form.decode, name="host")
+            yield Store(one.value, seconds, int(stays), form.encode, form.decode, name="host", asked=asked)
 
 
 def _part(shape: tuple[int, ...], fraction: float) -> tuple[int, int]:

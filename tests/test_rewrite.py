@@ -148,3 +148,38 @@ def test_rewrites_run_by_stage():
         stage: ClassVar[int] = 40
 
     assert [type(p) for p in _rewrite.rewriters([Later(), memopt.passes.Remat(), Lean()])] == [Lean, Later]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parted(Lean):
+    """The same, in two parts: the first does it, the second does it again."""
+
+    again: bool | None = None
+
+    @property
+    def name(self):
+        return "lean" if self.again is None else f"lean {'second' if self.again else 'first'}"
+
+    def parts(self):
+        return [Parted(again=False), Parted(again=True)]
+
+
+def test_the_planner_may_leave_out_the_last_parts_of_a_pass():
+    assert [p.name for p in _rewrite.rewriters([Parted()])] == ["lean first", "lean second"]
+    plan = memopt.optimize(wide, budget="40%", target="cpu", passes=[Parted()]).plan(*shapes())
+    assert plan.rewrites == ("lean first",)  # the second part saves nothing that the first one did not
+    again = memopt.optimize(wide, target="cpu", passes=[Parted()], plan=plan)
+    assert again.plan(*shapes()).rewrites == ("lean first",)
+
+
+def test_a_rewrite_runs_once_for_all_forms_of_a_step(monkeypatch):
+    ran = []
+    rewrite = Parted.rewrite
+
+    def counted(self, closed, context):
+        ran.append(self.name)
+        return rewrite(self, closed, context)
+
+    monkeypatch.setattr(Parted, "rewrite", counted)
+    memopt.optimize(wide, budget="40%", target="cpu", passes=[Parted(), memopt.passes.Remat()]).plan(*shapes())
+    assert sorted(ran) == ["lean first", "lean second"]

@@ -253,12 +253,19 @@ def branches(walk: Visits, names: tuple[str, ...]) -> tuple[int, ...]:
 
 
 def for_each_kind(kinds: tuple[int, ...], flags, update) -> None:
-    """Trace `update(partial)` for the kinds of blocks there are, and run that of this visit; skip hidden ones."""
-    if len(kinds) == 1 and kinds[0] != HIDDEN:
-        update(kinds[0] == PARTIAL)
+    """Trace `update(partial)` for the kinds of blocks there are, and run that of this visit; skip hidden ones.
+
+    The kinds are branches of one `cond`, so that whoever counts the work of the body sees that only one of them runs.
+    """
+    kind = (flags >> KIND_SHIFT) & 3
+    shown = [functools.partial(update, one == PARTIAL) for one in kinds if one != HIDDEN]
+    if not shown:
         return
-    for kind in set(kinds) - {HIDDEN}:
-        pl.when((flags >> KIND_SHIFT) & 3 == kind)(functools.partial(update, kind == PARTIAL))
+    run = shown[0] if len(shown) == 1 else lambda: lax.cond(kind == WHOLE, *shown)
+    if HIDDEN in kinds:
+        pl.when(kind != HIDDEN)(run)
+    else:
+        run()
 
 
 # Operands.

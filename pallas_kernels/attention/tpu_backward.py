@@ -1,4 +1,4 @@
-"""The backward kernels of attention for TPUs: one for q's gradient, one for those of k and v.
+"""The backward kernels of attention for TPUs: one for all gradients, or one for q's and one for those of k and v.
 
 In: the operands of the forward pass, its output and log-sum-exp, and the output's cotangent. Out: gradients. Tiles are
 keys x queries, as in `tpu`, whose pieces these kernels are built from; the scores are computed again.
@@ -34,6 +34,10 @@ from .tpu import (
     layout,
 )
 
+HELD_BYTES = 32 * 2**20  # the float32 gradient of a group's queries that one kernel holds in VMEM
+HELD_VISITS = 8_192  # the visits whose four lists it keeps in scalar memory
+OUT_HEAD_SHIFT, OUT_ROWS = 18, 0xFFFF  # where a visit's list says which block of q's gradient is finished next
+
 
 def backward(
     spec: Spec,
@@ -48,9 +52,12 @@ def backward(
     blocks: tuple[int, int] | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compute the gradients of q, k and v in two kernels; arguments and results as in `lean.backward`.
+    """Compute the gradients of q, k and v; arguments and results as in `lean.backward`.
 
-    Source: Dao 2023, "FlashAttention-2", algorithm 2, split in two so that nothing is accumulated in HBM.
+    One kernel makes all three where VMEM holds the gradient of all queries of a group of heads (`HELD_BYTES`); else
+    there are two, which make scores and weights twice, so that nothing is accumulated in HBM.
+
+    Source: Dao 2023, "FlashAttention-2", algorithm 2.
     """
     lay = layout(q, k, blocks or block_sizes(q.shape[1], k.shape[1], max(q.shape[3], v.shape[3]), spec))
     walk = visits(spec, lay.queries, lay.keys, lay.block_q, lay.block_k)
@@ -62,10 +69,19 @@ def backward(
     q, cotangent = (by_heads(x, lay.block_q) for x in (q, cotangent))
     k, v = (by_heads(x, lay.block_k) for x in (k, v))
     operands = (q, k, v, cotangent, lse, delta)
-    dq = _query_gradient(spec, lay, walk, operands, bias, extras, interpret)
-    dk, dv = _key_gradients(spec, lay, walk.by_column(), operands, bias, extras, interpret)
+    columns = walk.by_column()
+    if _is_held(lay, q.shape[2], q.shape[3], len(walk.rows)):
+        dq, dk, dv = _key_gradients(spec, lay, columns, operands, bias, extras, interpret, with_queries=True)
+    else:
+        dq = _query_gradient(spec, lay, walk, operands, bias, extras, interpret)
+        dk, dv = _key_gradients(spec, lay, columns, operands, bias, extras, interpret)
     dq, dk, dv = (x.swapaxes(1, 2) for x in (dq, dk, dv))
     return dq[:, : lay.queries], dk[:, : lay.keys], dv[:, : lay.keys]
+
+
+def _is_held(lay: Layout, queries: int, head_dim: int, visits: int) -> bool:
+    """Whether one kernel holds the gradient of a group's queries, and scalar memory a fourth list of visits."""
+    return lay.group * queries * head_dim * 4 <= HELD_BYTES and visits * lay.group <= HELD_VISITS
 
 
 def _query_gradient(spec: Spec, lay: Layout, walk: Visits, operands, bias, extras: Extras, interpret: bool):
@@ -120,7 +136,9 @@ def _query_kernel(spec: Spec, lay: Layout, names, kinds, rows_ref, columns_ref, 
         dq_ref[0, 0] = (acc_ref[...] * spec.scale).T.astype(dq_ref.dtype)
 
 
-def _key_gradients(spec: Spec, lay: Layout, walk: Visits, operands, bias, extras: Extras, interpret: bool):
+def _key_gradients(
+    spec: Spec, lay: Layout, walk: Visits, operands, bias, extras: Extras, interpret: bool, with_queries: bool = False
+):
     q, k, v = operands[:3]
     walk, member = _for_group(walk, lay.group)
 
@@ -128,40 +146,72 @@ def _key_gradients(spec: Spec, lay: Layout, walk: Visits, operands, bias, extras
     def head(b, h, t, f):
         return h * lay.group + (f[t] >> HEAD_SHIFT)
 
+    def rows_block(shape, axis):
+        def index(b, h, t, i, j, f, *_):
+            place = [b, head(b, h, t, f), 0, 0]
+            place[axis] = i[t]
+            return tuple(place)
+
+        return pl.BlockSpec(shape, index)
+
     extra, extra_specs, names = extra_operands(spec, lay, bias, extras)
     extra_specs = [_regrouped(block, head) for block in extra_specs]
-    k_spec = pl.BlockSpec((1, 1, lay.block_k, k.shape[3]), lambda b, h, t, i, j, f: (b, h, j[t], 0))
-    v_spec = pl.BlockSpec((1, 1, lay.block_k, v.shape[3]), lambda b, h, t, i, j, f: (b, h, j[t], 0))
-    grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3,
-        grid=(lay.batch, lay.kv_heads, len(walk.rows)),
-        in_specs=[
-            pl.BlockSpec((1, 1, lay.block_q, q.shape[3]), lambda b, h, t, i, j, f: (b, head(b, h, t, f), i[t], 0)),
-            k_spec,
-            v_spec,
-            pl.BlockSpec((1, 1, lay.block_q, v.shape[3]), lambda b, h, t, i, j, f: (b, head(b, h, t, f), i[t], 0)),
-            *[
-                pl.BlockSpec((1, 1, n, lay.block_q), lambda b, h, t, i, j, f: (b, head(b, h, t, f), 0, i[t]))
-                for n in (2, 1)
-            ],
-            *extra_specs,
-        ],
-        out_specs=[k_spec, v_spec],
-        scratch_shapes=[
-            pltpu.VMEM((lay.block_k, k.shape[3]), jnp.float32),
-            pltpu.VMEM((lay.block_k, v.shape[3]), jnp.float32),
-        ],
-    )
-    call = pl.pallas_call(
-        functools.partial(_key_kernel, spec, lay, names, branches(walk, names)),
-        grid_spec=grid,
-        out_shape=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
-        compiler_params=compiler_params(),
-        interpret=interpret,
-        name="memopt_attention_dkv",
+    k_spec, v_spec = (
+        pl.BlockSpec((1, 1, lay.block_k, x.shape[3]), lambda b, h, t, i, j, *_: (b, h, j[t], 0)) for x in (k, v)
     )
     flags = flags_of(walk, walk.columns, lay, names) + (member << HEAD_SHIFT)
-    return call(jnp.asarray(walk.rows), jnp.asarray(walk.columns), jnp.asarray(flags), *operands, *extra)
+    lists = [walk.rows, walk.columns, flags]
+    out_specs, scratch = [k_spec, v_spec], [(lay.block_k, k.shape[3]), (lay.block_k, v.shape[3])]
+    out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
+    if with_queries:
+        blocks = q.shape[2] // lay.block_q
+        lists.append(_ends(walk, member))
+        q_out = pl.BlockSpec(
+            (1, 1, lay.block_q, q.shape[3]),
+            lambda b, h, t, i, j, f, e: (b, h * lay.group + (e[t] >> OUT_HEAD_SHIFT), (e[t] >> 2) & OUT_ROWS, 0),
+        )
+        out_specs, out_shape = [q_out, *out_specs], [jax.ShapeDtypeStruct(q.shape, q.dtype), *out_shape]
+        scratch.append((lay.group * blocks, q.shape[3], lay.block_q))
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=len(lists),
+        grid=(lay.batch, lay.kv_heads, len(walk.rows)),
+        in_specs=[
+            rows_block((1, 1, lay.block_q, q.shape[3]), 2),
+            k_spec,
+            v_spec,
+            rows_block((1, 1, lay.block_q, v.shape[3]), 2),
+            *[rows_block((1, 1, n, lay.block_q), 3) for n in (2, 1)],
+            *extra_specs,
+        ],
+        out_specs=out_specs,
+        scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+    )
+    call = pl.pallas_call(
+        functools.partial(_key_kernel, spec, lay, names, branches(walk, names), len(lists)),
+        grid_spec=grid,
+        out_shape=tuple(out_shape),
+        compiler_params=compiler_params(),
+        interpret=interpret,
+        name="memopt_attention_gradients" if with_queries else "memopt_attention_dkv",
+    )
+    return call(*(jnp.asarray(x) for x in lists), *operands, *extra)
+
+
+def _ends(walk: Visits, member: np.ndarray) -> np.ndarray:
+    """Return for each visit whether it is its query block's first and last, and which block is finished next.
+
+    A block of q's gradient is the kernel's output from the visit after the one that finished the block before it until
+    its own last visit; so every block is written once. The bits: FIRST, LAST, its row, its head from OUT_HEAD_SHIFT.
+    """
+    key = member.astype(np.int64) * (walk.rows.max() + 1) + walk.rows
+    _, first = np.unique(key, return_index=True)
+    _, last = np.unique(key[::-1], return_index=True)
+    last = np.sort(len(key) - 1 - last)
+    bits = np.zeros(len(key), np.int32)
+    bits[first] |= FIRST
+    bits[last] |= LAST
+    following = last[np.searchsorted(last, np.arange(len(key)))]
+    return bits | (walk.rows[following] << 2) | (member[following] << OUT_HEAD_SHIFT)
 
 
 def _for_group(walk: Visits, group: int) -> tuple[Visits, np.ndarray]:
@@ -177,26 +227,39 @@ def _regrouped(block, head):
     if block.index_map is None:
         return block
     index = block.index_map
-    return pl.BlockSpec(block.block_shape, lambda b, h, t, i, j, f: index(b, head(b, h, t, f), t, i, j, f))
+    return pl.BlockSpec(block.block_shape, lambda b, h, t, i, j, f, *_: index(b, head(b, h, t, f), t, i, j, f))
 
 
-def _key_kernel(spec: Spec, lay: Layout, names, kinds, rows_ref, columns_ref, flags_ref, *refs):
-    ins, extra_refs, (dk_ref, dv_ref, dk_acc, dv_acc) = refs[:6], refs[6:-4], refs[-4:]
+def _key_kernel(spec: Spec, lay: Layout, names, kinds, lists: int, rows_ref, columns_ref, flags_ref, *refs):
+    ends_ref = refs[0] if lists == 4 else None
+    refs = refs[lists - 3 :]
+    ins, extra_refs, outs = refs[:6], refs[6 : 6 + len(names)], refs[6 + len(names) :]
+    dq_ref, dk_ref, dv_ref, dk_acc, dv_acc, dq_acc = outs if ends_ref is not None else (None, *outs, None)
     step = pl.program_id(2)
-    flags = flags_ref[step]
-    head = pl.program_id(0) * lay.heads + pl.program_id(1) * lay.group + (flags >> HEAD_SHIFT)
+    flags, row = flags_ref[step], rows_ref[step]
+    member = flags >> HEAD_SHIFT
+    head = pl.program_id(0) * lay.heads + pl.program_id(1) * lay.group + member
+    held = member * -(-lay.queries // lay.block_q) + row
 
     @pl.when(flags & FIRST != 0)
     def _():
         dk_acc[...] = jnp.zeros_like(dk_acc)
         dv_acc[...] = jnp.zeros_like(dv_acc)
 
+    if ends_ref is not None:
+
+        @pl.when(ends_ref[step] & FIRST != 0)
+        def _():
+            dq_acc[held] = jnp.zeros(dq_acc.shape[1:], dq_acc.dtype)
+
     def update(partial: bool):
-        tile = Tile(spec, lay, dict(zip(names, extra_refs, strict=True)), rows_ref[step], columns_ref[step])
+        tile = Tile(spec, lay, dict(zip(names, extra_refs, strict=True)), row, columns_ref[step])
         weights, ds = _gradients(spec, tile, head, ins, partial)
-        q, cotangent = ins[0][0, 0], ins[3][0, 0]
+        q, k, cotangent = ins[0][0, 0], ins[1][0, 0], ins[3][0, 0]
         dv_acc[...] += dot(weights.astype(cotangent.dtype), cotangent, 1, 0)
         dk_acc[...] += dot(ds.astype(q.dtype), q, 1, 0)
+        if dq_acc is not None:
+            dq_acc[held] += dot(k, ds.astype(k.dtype), 0, 0)
 
     for_each_kind(kinds, flags, update)
 
@@ -204,6 +267,12 @@ def _key_kernel(spec: Spec, lay: Layout, names, kinds, rows_ref, columns_ref, fl
     def _():
         dk_ref[0, 0] = (dk_acc[...] * spec.scale).astype(dk_ref.dtype)
         dv_ref[0, 0] = dv_acc[...].astype(dv_ref.dtype)
+
+    if ends_ref is not None:
+
+        @pl.when(ends_ref[step] & LAST != 0)
+        def _():
+            dq_ref[0, 0] = (dq_acc[held] * spec.scale).T.astype(dq_ref.dtype)
 
 
 def _gradients(spec: Spec, tile: Tile, head, ins, partial: bool):

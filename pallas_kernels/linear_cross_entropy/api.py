@@ -49,7 +49,7 @@ def linear_cross_entropy(
     """Compute the cross-entropy of `hidden @ weight` without ever holding the logits.
 
     Memory: one float32 a token is kept for the backward pass; logits exist one tile at a time. Cost: the backward pass
-    computes the logits again, once in the pure-JAX form, twice in the kernels.
+    computes the logits again, once in the pure-JAX form, once or twice in the kernels (`tpu.backward`).
 
     Args:
         hidden: `[tokens, dim]`, bfloat16, float32 or float64.

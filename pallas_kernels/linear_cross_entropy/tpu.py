@@ -1,4 +1,4 @@
-"""The cross-entropy of a linear head for TPUs (Mosaic): a forward kernel, and one for each gradient.
+"""The cross-entropy of a linear head for TPUs (Mosaic): a forward kernel, and one for both gradients or for each.
 
 In: hidden states, weight, labels and the settings. Out: losses and log-sum-exps, or gradients. Logits exist one tile at
 a time, tokens x vocabulary. Each of the 128 lanes keeps an online softmax of its own, and the lanes are merged once at
@@ -7,6 +7,7 @@ the end of the vocabulary. Gradients are summed in float32 in VMEM, so no tempor
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -21,6 +22,7 @@ LANES = 128
 HIDDEN = -3e38  # the logit of a column past the end of the vocabulary
 LOWEST = -1.5e38  # where a running maximum starts
 VMEM_BYTES = 100 * 2**20
+HELD_BYTES = 64 * 2**20  # the float32 gradient of the hidden states that one kernel for both gradients holds in VMEM
 
 
 def block_sizes(tokens: int, dim: int, vocab: int, device: str = "tpu") -> tuple[int, int]:
@@ -56,6 +58,7 @@ def forward(
     spec: Spec, hidden, weight, labels, blocks: tuple[int, int] | None = None, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Compute the losses in one kernel; arguments and results as in `lean.forward`, `interpret` runs it on a CPU."""
+    spec, weight = _as_laid_out(spec, weight)
     tokens, dim = hidden.shape
     vocab = weight.shape[spec.vocab_axis]
     block = blocks or block_sizes(tokens, dim, vocab)
@@ -78,35 +81,83 @@ def forward(
 def backward(
     spec: Spec, hidden, weight, labels, lse, cotangent, blocks: tuple[int, int] | None = None, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute both gradients, each in a kernel of its own; arguments and results as in `lean.backward`."""
+    """Compute both gradients; arguments and results as in `lean.backward`.
+
+    Where VMEM holds the gradient of all hidden states (`HELD_BYTES` of float32: 8,192 tokens of a width of 2,048), one
+    kernel makes both and the logits once more; else there is a kernel for each, and the logits are made twice more.
+    """
+    if weight is not (turned := _as_laid_out(spec, weight))[1]:
+        dhidden, dweight = backward(turned[0], hidden, turned[1], labels, lse, cotangent, blocks, interpret)
+        return dhidden, dweight.T
     (tokens, dim), vocab = hidden.shape, weight.shape[spec.vocab_axis]
     block = blocks or block_sizes(tokens, dim, vocab)
     scale, target = coefficients(spec, lse, cotangent, labels)
     operands = (*(x[None] for x in (labels, lse, scale, target)), hidden, weight)
-    grids = pl.cdiv(tokens, block[0]), pl.cdiv(vocab, block[1])
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (hidden, weight)]
+    grid = pl.cdiv(tokens, block[0]), pl.cdiv(vocab, block[1])
+    both = grid[0] * block[0] * dim * 4 <= HELD_BYTES
+    make = _both_gradients if both else _each_gradient
+    return make(spec, tokens, vocab, dim, block, grid, operands, shapes, interpret)
+
+
+def _as_laid_out(spec: Spec, weight) -> tuple[Spec, jax.Array]:
+    """Turn a weight `[dim, vocab]` whose rows are ragged: XLA lays it out with `dim` last, a kernel would copy it."""
+    if spec.vocab_axis == 0 or weight.shape[1] % LANES == 0:
+        return spec, weight
+    return dataclasses.replace(spec, vocab_axis=0), weight.T
+
+
+def _both_gradients(spec: Spec, tokens, vocab, dim, block, grid, operands, shapes, interpret):
+    """Compute both gradients in one kernel, which holds that of all hidden states: the logits are made once."""
+    last = grid[1] - 1
+    return pl.pallas_call(
+        functools.partial(_both_kernel, spec, vocab, tokens),
+        grid=grid[::-1],
+        in_specs=_gradient_specs(spec, dim, block, 1),
+        # The first block stays in place until the last slice of the vocabulary, which finishes one after another.
+        out_specs=[
+            pl.BlockSpec((block[0], dim), lambda j, i: (jnp.where(j == last, i, 0), 0)),
+            _weight_spec(spec, dim, block[1], 0),
+        ],
+        out_shape=shapes,
+        scratch_shapes=[
+            pltpu.VMEM((grid[0], block[0], dim), jnp.float32),
+            pltpu.VMEM(_part(spec, dim, block[1]), jnp.float32),
+        ],
+        compiler_params=_params("arbitrary"),
+        interpret=interpret,
+        name="memopt_linear_cross_entropy_gradients",
+    )(*operands)
+
+
+def _each_gradient(spec: Spec, tokens, vocab, dim, block, grid, operands, shapes, interpret):
+    """Compute both gradients, each in a kernel of its own that makes the logits again."""
     shared = {"compiler_params": _params(), "interpret": interpret}
     dhidden = pl.pallas_call(
         functools.partial(_hidden_kernel, spec, vocab),
-        grid=grids,
+        grid=grid,
         in_specs=_gradient_specs(spec, dim, block, 0),
         out_specs=pl.BlockSpec((block[0], dim), lambda i, j: (i, 0)),
-        out_shape=jax.ShapeDtypeStruct(hidden.shape, hidden.dtype),
+        out_shape=shapes[0],
         scratch_shapes=[pltpu.VMEM((block[0], dim), jnp.float32)],
         name="memopt_linear_cross_entropy_dhidden",
         **shared,
     )(*operands)
-    part = (dim, block[1]) if spec.vocab_axis else (block[1], dim)
     dweight = pl.pallas_call(
         functools.partial(_weight_kernel, spec, vocab, tokens),
-        grid=grids[::-1],
+        grid=grid[::-1],
         in_specs=_gradient_specs(spec, dim, block, 1),
         out_specs=_weight_spec(spec, dim, block[1], 0),
-        out_shape=jax.ShapeDtypeStruct(weight.shape, weight.dtype),
-        scratch_shapes=[pltpu.VMEM(part, jnp.float32)],
+        out_shape=shapes[1],
+        scratch_shapes=[pltpu.VMEM(_part(spec, dim, block[1]), jnp.float32)],
         name="memopt_linear_cross_entropy_dweight",
         **shared,
     )(*operands)
     return dhidden, dweight
+
+
+def _part(spec: Spec, dim: int, block: int) -> tuple[int, int]:
+    return (dim, block) if spec.vocab_axis else (block, dim)
 
 
 def _gradient_specs(spec: Spec, dim: int, block: tuple[int, int], token_axis: int):
@@ -122,8 +173,8 @@ def _weight_spec(spec: Spec, dim: int, block: int, grid_axis: int):
     return pl.BlockSpec((block, dim), lambda *grid: (grid[grid_axis], 0))
 
 
-def _params():
-    return pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES)
+def _params(outer: str = "parallel"):
+    return pltpu.CompilerParams(dimension_semantics=(outer, "arbitrary"), vmem_limit_bytes=VMEM_BYTES)
 
 
 # Kernels.
@@ -210,9 +261,7 @@ def _weight_kernel(
         rows = (labels_ref, lse_ref, scale_ref, target_ref)
         grad, hidden = _gradient(spec, vocab, j, False, rows, hidden_ref, weight), hidden_ref[...]
         if ragged:
-            count = tokens - i * hidden.shape[0]
-            grad = jnp.where(lax.broadcasted_iota(jnp.int32, grad.shape, 0) < count, grad, jnp.zeros_like(grad))
-            hidden = jnp.where(lax.broadcasted_iota(jnp.int32, hidden.shape, 0) < count, hidden, jnp.zeros_like(hidden))
+            grad, hidden = (_first_rows(x, tokens - i * hidden.shape[0]) for x in (grad, hidden))
         acc[...] += _dot(hidden, grad, 0, 0) if spec.vocab_axis else _dot(grad, hidden, 0, 0)
 
     _for_ragged(tokens, hidden_ref.shape[0], i, steps, update)
@@ -220,6 +269,50 @@ def _weight_kernel(
     @pl.when(i == steps - 1)
     def _():
         out_ref[...] = acc[...].astype(out_ref.dtype)
+
+
+def _both_kernel(
+    spec, vocab, tokens, labels_ref, lse_ref, scale_ref, target_ref, hidden_ref, weight_ref, dhidden_ref, dweight_ref,
+    held, acc
+):  # fmt: skip
+    j, i, vocab_steps, token_steps = pl.program_id(0), pl.program_id(1), pl.num_programs(0), pl.num_programs(1)
+
+    @pl.when(j == 0)
+    def _():
+        held[i] = jnp.zeros(held.shape[1:], held.dtype)
+
+    @pl.when(i == 0)
+    def _():
+        acc[...] = jnp.zeros_like(acc)
+
+    rows = (labels_ref, lse_ref, scale_ref, target_ref)
+
+    def update(ragged_vocab: bool, ragged_tokens: bool):
+        weight = _weight(spec, weight_ref, vocab, j, ragged_vocab).astype(hidden_ref.dtype)
+        grad, hidden = _gradient(spec, vocab, j, ragged_vocab, rows, hidden_ref, weight), hidden_ref[...]
+        held[i] += _dot(grad, weight, 1, spec.vocab_axis)
+        if ragged_tokens:
+            grad, hidden = (_first_rows(x, tokens - i * hidden_ref.shape[0]) for x in (grad, hidden))
+        acc[...] += _dot(hidden, grad, 0, 0) if spec.vocab_axis else _dot(grad, hidden, 0, 0)
+
+    def by_tokens(ragged_vocab: bool):
+        inner = functools.partial(update, ragged_vocab)
+        _for_ragged(tokens, hidden_ref.shape[0], i, token_steps, inner)
+
+    _for_ragged(vocab, weight_ref.shape[spec.vocab_axis], j, vocab_steps, by_tokens)
+
+    @pl.when(i == token_steps - 1)
+    def _():
+        dweight_ref[...] = acc[...].astype(dweight_ref.dtype)
+
+    @pl.when(j == vocab_steps - 1)
+    def _():
+        dhidden_ref[...] = held[i].astype(dhidden_ref.dtype)
+
+
+def _first_rows(x, count):
+    """Return a block with the rows from `count` on, which lie past the end of the array, set to zero."""
+    return jnp.where(lax.broadcasted_iota(jnp.int32, x.shape, 0) < count, x, jnp.zeros_like(x))
 
 
 def _gradient(spec: Spec, vocab: int, j, ragged: bool, rows, hidden_ref, weight):
@@ -241,9 +334,8 @@ def _for_ragged(size: int, block: int, index, steps, update) -> None:
     """Run `update(ragged)`: the last block along an axis that no block divides is ragged, all others are whole."""
     if size % block == 0:
         update(False)
-        return
-    pl.when(index == steps - 1)(functools.partial(update, True))
-    pl.when(index < steps - 1)(functools.partial(update, False))
+    else:
+        lax.cond(index == steps - 1, functools.partial(update, True), functools.partial(update, False))
 
 
 def _tile(spec: Spec, hidden_ref, weight):

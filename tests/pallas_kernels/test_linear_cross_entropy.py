@@ -14,6 +14,7 @@ import pytest
 
 import memopt
 from memopt.pallas_kernels import contrastive_loss, linear_cross_entropy
+from memopt.pallas_kernels.linear_cross_entropy import tpu
 
 ERRORS = {"float64": 1e-13, "float32": 3e-6, "bfloat16": 2e-2}
 
@@ -85,6 +86,24 @@ def test_a_form_equals_the_float32_reference_in_bfloat16(form):
 
 def test_the_kernels_equal_the_reference_on_ragged_blocks():
     _assert_close(Case("ragged", (130, 128, 140), {"vocab_axis": 0, "label_smoothing": 0.1}), "float32", "tpu")
+
+
+@pytest.mark.parametrize("vocab_axis", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_kernel_for_each_gradient_equals_the_reference_where_one_cannot_hold_both(vocab_axis, monkeypatch):
+    monkeypatch.setattr(tpu, "HELD_BYTES", 0)
+    jax.clear_caches()
+    _assert_close(Case("each", (130, 128, 256), {"vocab_axis": vocab_axis}), "float32", "tpu")
+
+
+def test_logits_are_counted_once_forward_and_once_backward():
+    x = jax.ShapeDtypeStruct
+    arguments = x((1024, 128), jnp.bfloat16), x((1000, 128), jnp.bfloat16), x((1024,), jnp.int32)
+
+    def step(hidden, weight, labels):
+        return linear_cross_entropy(hidden, weight, labels, vocab_axis=0, implementation="tpu").sum()
+
+    product = 2 * 1024 * 1024 * 128  # blocks of 512 round the vocabulary up
+    assert memopt.matmul_flops(jax.make_jaxpr(jax.grad(step, (0, 1)))(*arguments)) == 4 * product
 
 
 @pytest.mark.slow

@@ -14,8 +14,11 @@ import pytest
 from memopt import _compat as c
 from memopt import _inline
 from memopt._contract import Context
+from memopt._planner import make_ladder
 from memopt._target import Target
+from memopt.models import steps
 from memopt.passes.kernels import Kernels
+from memopt.passes.remat import Remat
 from tests import eager
 from tests.passes.attention_patterns import BATCH, DIM, HEADS, LENGTH, TABLE, WIDTH, Pattern
 
@@ -151,7 +154,7 @@ def test_the_platform_decides_on_the_kernel(target):
     q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
     result, after = _rewritten(_flat(jax.grad(loss, (0, 1, 2)), (q, q, q)), Target.parse(target))
     assert f"{target[:3]} kernel" in result.rows[0].reason
-    assert list(_primitives(after)).count("pallas_call") == 3
+    assert list(_primitives(after)).count("pallas_call") == {"tpu": 2, "gpu": 3}[target[:3]]
 
 
 def test_what_a_kernel_cannot_serve_gets_the_pure_form_and_the_row_says_why():
@@ -166,3 +169,16 @@ def test_a_forward_pass_alone_is_replaced():
     result, after = _rewritten(before)
     assert "forward," in result.rows[0].reason
     _equal(before, after, (q,))
+
+
+@pytest.mark.loose_promotion
+def test_the_planner_takes_causal_attention_for_fewer_flops_and_the_loss_for_memory():
+    step, args, _ = steps.reference_step("gpt2", small=True, depth=2, vocabulary=32_768)
+    closed = jax.jit(step).trace(*args).jaxpr
+    assert Kernels().parts() == [Kernels(losses=False), Kernels(attention=False)]
+    ladder = make_ladder(closed, donated=(), target=Target.parse("tpu:v5e:1x1"), passes=[Remat(), Kernels()])
+    roomy, tight = (ladder.plan(i) for i in (1, len(ladder.rungs) - 1))
+    assert roomy.rewrites == ("Kernels: attention",)
+    assert roomy.recompute_flops < 0  # hidden blocks are skipped
+    assert tight.rewrites == ("Kernels: attention", "Kernels: losses")
+    assert tight.predicted_peak_bytes < roomy.predicted_peak_bytes
