@@ -78,6 +78,7 @@ def variants(rank: int) -> dict[str, Variant]:
     made["pass_low_rank"] = Variant(passes=lambda: [passes.LowRankState(rank=rank)])
     made["pass_host"] = Variant(passes=lambda: [passes.Offload(state="*opt_state*")])
     made["pass_fused"] = Variant(passes=lambda: [passes.FuseUpdate()])
+    made["pass_fused_host"] = Variant(passes=lambda: [passes.FuseUpdate(), passes.Offload(state="*opt_state*")])
     return made
 
 

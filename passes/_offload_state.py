@@ -18,6 +18,7 @@ from memopt._compat_memory import HostShape
 from memopt._contract import Context, Rewritten
 from memopt._plan import Decision
 from memopt._sizes import is_on_host
+from memopt.passes import _offload_loops
 
 HOST = "pinned_host"
 
@@ -75,11 +76,14 @@ def _moved(leaf: Any, kind: str, space: Any) -> Any:
 
 
 def rewritten(closed: Any, context: Context, name: str) -> Rewritten:
-    """Return the step with leaves that come in on the host fetched, used and sent back one after the other."""
+    """Return the step with leaves that come in on the host fetched and sent back: by rows in loops, else in turn."""
     base = c.open_jaxpr(closed)
     places = [i for i, v in enumerate(base.invars) if is_on_host(v.aval)]
     rows = tuple(_row(context.paths[i], base.invars[i].aval, name) for i in places)
-    return Rewritten(_in_turn.in_turn(closed, [[i] for i in places]), rows)
+    sunk = _offload_loops.sink(closed)
+    base = c.open_jaxpr(sunk)
+    whole = {e.invars[0] for e in base.eqns if e.primitive.name == "device_put" and len(e.invars) == 1}
+    return Rewritten(_in_turn.in_turn(sunk, [[i] for i in places if base.invars[i] in whole]), rows)
 
 
 def _row(path: str, aval: Any, name: str) -> Decision:

@@ -47,7 +47,10 @@ class Offload(_offload_state.HostState):
     MICRO 2016; the fraction of tokens is Zhao et al., "MEMO: Fine-grained Tensor Management For Ultra-long Context LLM
     Training", 2024 (arXiv 2407.12117), section 4.
 
-    Limits: on XLA:CPU, where host and device memory are one, this changes no figure. XLA may drop a transfer.
+    Limits: on XLA:CPU, where host and device memory are one, this changes no figure. XLA may drop a transfer. State of
+    scanned layers is fetched a layer at a time where a loop alone uses it: parameters that are only read, and with
+    `FuseUpdate` all that is updated in the backward loop. Other state XLA:TPU was measured to fetch at the start of the
+    step, all at once: then the arguments fall, and the temporaries rise by as much.
     """
 
     where: str | tuple[str, ...] = ()
