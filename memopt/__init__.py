@@ -20,7 +20,9 @@ from memopt._optimize import optimize as optimize
 from memopt._plan import Decision as Decision
 from memopt._plan import Plan as Plan
 from memopt._plans import Plans as Plans
+from memopt._scopes import compress as compress
 from memopt._scopes import keep as keep
+from memopt._scopes import offload as offload
 from memopt._scopes import recompute as recompute
 from memopt._target import mesh as mesh
 
@@ -36,12 +38,14 @@ __all__ = [
     "Plans",
     "TargetError",
     "collectives",
+    "compress",
     "explain",
     "keep",
     "largest",
     "matmul_flops",
     "measure",
     "mesh",
+    "offload",
     "optim",
     "optimize",
     "passes",

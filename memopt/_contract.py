@@ -50,6 +50,7 @@ class Store:
       name: what the plan calls this form, such as `"int8"`.
       readers: ids of the operations, as the step is written, that the decoded value serves, where it is right for them
         alone (a sketch for a weight gradient, bits for a pooling's); no repeat starts from it. None: all readers.
+      asked: whether the user asked for this form of this value by a scope: then every plan has it.
     """
 
     value: int
@@ -60,6 +61,7 @@ class Store:
     error: float = 0.0
     name: str = "encoded"
     readers: frozenset[int] | None = None
+    asked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,8 @@ class StateForm(Protocol):
     """What the front end asks of a pass that stores leaves of the state in another form between steps.
 
     `memopt.optimize` then takes and returns that form. `memopt._stored.LeafForm` has all three for passes that store
-    each leaf by itself.
+    each leaf by itself. A form with `asks = True` looks at the step before it chooses: its `compress` takes a second
+    argument, a function that traces the step over this form with a state in the place of the given one, or None.
     """
 
     @property

@@ -76,7 +76,10 @@ class Network:
         self.always = always
         self.stores: dict[int, list[Store]] = {}
         self.narrow: dict[int, Store] = {}  # forms for some readers alone: the smallest of each value
+        asked = {store.value for store in stores if store.asked}
         for store in sorted(stores, key=lambda store: store.bytes):
+            if store.value in asked and not store.asked:
+                continue
             if store.readers is None:
                 self.stores.setdefault(store.value, []).append(store)
             else:
@@ -127,7 +130,7 @@ class Network:
                 store.seconds * runs
                 + self.held[arc] * store.bytes / max(1, self.survey.bytes_of_value(value)) * span[arc]
             )
-            if price < cost[arc]:
+            if price < cost[arc] or store.asked:
                 cost[arc] = price
                 encoded[arc] = (value, store)
         forced = ~np.isfinite(self.seconds)

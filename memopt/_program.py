@@ -20,7 +20,7 @@ from memopt._compat import open_jaxpr
 from memopt._contract import Context
 from memopt._local import Shardings, leaf_shardings
 from memopt._plans import Plans
-from memopt._scopes import MARKERS
+from memopt._scopes import MARKERS, USED, marks_in
 from memopt._signature import JitOptions, Signature, Statics
 from memopt._target import Target
 
@@ -64,7 +64,7 @@ def make_ladder(
     """Ask the planner for the ladder of a step, or for the one rung of a saved plan."""
     common = {"donated": donated, "target": settings.target, "scopes": MARKERS, "shardings": shardings}
     common["context"] = context
-    common["passes"] = default_passes() if settings.passes is None else settings.passes
+    common["passes"] = default_passes(closed_jaxpr) if settings.passes is None else settings.passes
     if settings.plan is not None:
         return _planner.ladder_of_plan(closed_jaxpr, settings.plan, **common)
     return _planner.make_ladder(closed_jaxpr, overrides=settings.overrides, **common)
@@ -84,11 +84,12 @@ def read_passes(passes: Any) -> tuple[Any, ...] | None:
     return found
 
 
-def default_passes() -> Sequence[Any]:
-    """Return `memopt.passes.default()`."""
+def default_passes(closed_jaxpr: Any = None) -> Sequence[Any]:
+    """Return `memopt.passes.default()`, and the passes that scopes inside a step ask for."""
     from memopt import passes
 
-    return passes.default()
+    asked = USED and closed_jaxpr is not None and USED & marks_in(closed_jaxpr)
+    return passes.default() + (passes.asked_for(asked) if asked else [])
 
 
 @dataclass(eq=False)

@@ -14,11 +14,18 @@ from typing import Any, TypeVar
 
 import jax
 
+from memopt import _codecs
+from memopt import _compat as c
+
 T = TypeVar("T", bound=Callable[..., Any])
 
 #: What a decorator asks for, and the name scope that says so in a name stack.
-MARKERS = {"keep": "memopt.keep", "recompute": "memopt.recompute"}
+MARKERS = {"keep": "memopt.keep", "recompute": "memopt.recompute", "offload": "memopt.offload"}
+#: What the scope of a codec begins with; the codec's name follows.
+COMPRESS = "memopt.compress."
 _ASKS = {marker: ask for ask, marker in MARKERS.items()}
+#: Marks that some decorator of this process has made and that need a pass of their own.
+USED: set[str] = set()
 _TRANSFORM = re.compile(r"(?:jvp|transpose|vmap)\(([^()]*)\)")
 
 
@@ -69,6 +76,64 @@ def recompute(target: T) -> T:
     return _mark(target, MARKERS["recompute"])
 
 
+def offload(target: T) -> T:
+    """Keep every value that is made inside in the host's memory until the backward pass reads it, in every plan.
+
+    Frees the device memory of those values, costs their transfer to the host and back; results do not change. Values
+    that `memopt.passes.Offload` would leave (small ones, arguments) stay. An inner mark wins over an outer one.
+
+    Args:
+        target: a function, a method, or a Flax module class (linen or nnx), of which `__call__` is marked.
+
+    Returns:
+        The same function, marked; of a class, a subclass of the same name.
+
+    Raises:
+        TypeError: the target is none of these.
+
+    Example:
+        >>> import jax.numpy as jnp, memopt
+        >>> memopt.offload(jnp.tanh)(0.0).item()
+        0.0
+
+    Limits: a step that fits its budget as written runs as written. A list in `passes=` means exactly what it holds: it
+    needs a `memopt.passes.Offload()` of its own.
+    """
+    USED.add("offload")
+    return _mark(target, MARKERS["offload"])
+
+
+def compress(codec: str) -> Callable[[T], T]:
+    """Keep every value of floats that is made inside in a codec's form until the backward pass reads it, in every plan.
+
+    Frees the difference in bytes, costs an encoding and a decoding of each value. Gradients carry the codec's error,
+    forward results do not. An inner mark wins over an outer one.
+
+    Args:
+        codec: a name such as `"int8"`, as `memopt.passes.Compress` takes it.
+
+    Returns:
+        A decorator for a function, a method, or a Flax module class, as `memopt.offload`.
+
+    Raises:
+        ValueError: there is no such codec.
+        TypeError: what is decorated is none of these.
+
+    Example:
+        >>> import jax.numpy as jnp, memopt
+        >>> memopt.compress("int8")(jnp.tanh)(0.0).item()
+        0.0
+
+    Limits: a step that fits its budget as written runs as written. A list in `passes=` means exactly what it holds: it
+    needs a `memopt.passes.Compress` of this codec.
+    """
+    if not isinstance(codec, str):
+        raise TypeError(f"@memopt.compress takes a codec's name, as in @memopt.compress('int8'); got {codec!r}.")
+    name = _codecs.codec(codec).name
+    USED.add(f"compress.{name}")
+    return lambda target: _mark(target, COMPRESS + name)
+
+
 def _mark(target: Any, marker: str) -> Any:
     if inspect.isclass(target):
         return _mark_class(target, marker)
@@ -98,13 +163,29 @@ def _mark_class(cls: type, marker: str) -> type:
 
 
 def mark_of(name_stack: str) -> str | None:
-    """Return what the innermost mark of a name stack asks for, `"keep"` or `"recompute"`; None without a mark.
+    """Return what the innermost mark of a name stack asks for; None without a mark.
+
+    That is `"keep"`, `"recompute"`, `"offload"` or, for a codec, such as `"compress.int8"`.
 
     Example:
         >>> mark_of("jvp(memopt.keep)/Block_0/memopt.recompute/Dense_0")
         'recompute'
     """
-    return next((_ASKS[part] for part in reversed(_parts(name_stack)) if part in _ASKS), None)
+    return next((ask for ask in map(_asks, reversed(_parts(name_stack))) if ask), None)
+
+
+def _asks(part: str) -> str | None:
+    return part.removeprefix("memopt.") if part.startswith(COMPRESS) else _ASKS.get(part)
+
+
+def marks_in(jaxpr: Any) -> set[str]:
+    """Return what the marks in a jaxpr, and in all jaxprs inside it, ask for."""
+    bodies, stacks = [c.open_jaxpr(jaxpr)], set()
+    while bodies:
+        for eqn in bodies.pop().eqns:
+            stacks.add(str(c.name_stack(eqn)))
+            bodies += [c.open_jaxpr(body) for _, _, body in c.subjaxprs(eqn.params)]
+    return {ask for stack in stacks for ask in map(_asks, _parts(stack)) if ask}
 
 
 def module_path(name_stack: str) -> str:
@@ -114,7 +195,7 @@ def module_path(name_stack: str) -> str:
         >>> module_path("transpose(jvp(GPT))/blocks/0/mlp")
         'GPT/blocks/0/mlp'
     """
-    return "/".join(part for part in _parts(name_stack) if part not in _ASKS)
+    return "/".join(part for part in _parts(name_stack) if not _asks(part))
 
 
 def _parts(name_stack: str) -> list[str]:

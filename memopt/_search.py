@@ -29,7 +29,7 @@ _NARROW = 0.004  # gaps between neighbours below this share of the smaller peak 
 _FREE = 0.1  # weight of a gap in which no matmul FLOPs are at stake
 _STEEP = 8  # power of a segment's share of the peak by which its price falls
 _DEAR = 0.1  # share of a plan's repeated FLOPs from which one operation's are looked at by themselves
-_DEAREST, _TRIED = 2, 5_000  # how many of those: at least, and times the operations of the step
+_DEAREST, _TRIED = 1, 5_000  # how many of those: at least, and times the operations of the step
 _FILLS, _LEAST_FILLS = 40, 6  # plans tried between neighbours on the hull, and for the longest steps
 _FILLED = 20_000  # operations built for them in all
 _BISECTIONS = 10  # prices tried for one cut with varied costs
@@ -89,6 +89,7 @@ class Search:
         self.kept.seconds -= self.undone_seconds
         if self.always:
             self.seen.clear()  # what the user asked to run again is run again in every plan
+        self.given = bool(self.always or step.asked)
 
     def run(self, *, refined: bool = True) -> list[Rung]:
         """Return all plans that were found; without `refined` those of the sweep alone."""
@@ -217,7 +218,7 @@ class Search:
         tried: set[Any] = set()
         most = len(self.seen) + max(_LEAST_FILLS, min(_FILLS, _FILLED // max(1, len(self.survey.graph.ops))))
         while len(self.seen) < most:
-            rungs = [self.plain] * (not self.always) + self._hull()
+            rungs = [self.plain] * (not self.given) + self._hull()
             wide = [pair for pair in zip(rungs, rungs[1:], strict=False) if _is_wide(pair)]
             gap = max((p for p in wide if (id(p[0]), id(p[1])) not in tried), key=_between, default=None)
             if gap is None:
@@ -245,7 +246,9 @@ class Search:
         return hull(self.plain, list(self.seen.values()))
 
     def score(self, choice: Choice, price: float | None = None) -> Rung:
-        """Build and simulate a plan, once."""
+        """Build and simulate a plan, once; what the user asked to be stored is stored in every one."""
+        if self.step.asked:
+            choice = Choice(choice.repeats, dict(sorted({**choice.stores, **self.step.asked}.items())))
         key = choice.key
         if key not in self.seen:
             chains = _segments.chains(self.survey.graph, choice.repeats)

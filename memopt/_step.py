@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _cost, _forms, _inline, _prepare, _rewrite, _saved, _segments, _specs, _split
+from memopt import _cost, _forms, _inline, _prepare, _rewrite, _saved, _scopes, _segments, _specs, _split
 from memopt._contract import Context, Left, Repeat, Store
 from memopt._decisions import Names, decisions, settle
 from memopt._fingerprint import fingerprint, graph_digest
@@ -65,6 +65,7 @@ class Step:
         self.repeatable: dict[int, float] = {}
         self.stores: list[Store] = []
         self.always: set[int] = set()
+        self.asked: dict[int, Store] = {}  # what the user asked by a scope to keep in this form
         if passes and self.flat is not None:
             self._survey(overrides)
 
@@ -103,6 +104,11 @@ class Step:
         self.always &= set(self.repeatable)
         self.left = [*self.outcome.left, *(x for x in proposals if isinstance(x, Left))]
         self.stores = self._possible([x for x in proposals if isinstance(x, Store)], never)
+        self.asked = {store.value: store for store in self.stores if store.asked}
+        for op in map(self._kept_by_op, self.asked.values()):
+            self.repeatable.pop(op, None)
+        self.always &= set(self.repeatable)
+        self._tell_marks()
 
     def _possible(self, stores: Sequence[Store], never: set[int]) -> list[Store]:
         """Return the stores that the builders can carry out; the others are left, with a sentence."""
@@ -114,6 +120,15 @@ class Step:
             elif named.setdefault((store.value, store.name), store) is not store:
                 raise ValueError(f"Two forms of one value are called {store.name!r}: give them names of their own.")
         return [store for store in named.values() if self._kept_by_op(store) not in never]
+
+    def _tell_marks(self) -> None:
+        """Say which marks no pass of the list carries out."""
+        done = {_scopes.mark_of(self.names.stack(op)) for op in map(self._maker, self.asked) if op is not None}
+        for mark in sorted(_scopes.USED & _scopes.marks_in(self.flat) - done) if _scopes.USED else ():
+            self.left.append(Left(f"What @memopt.{mark} marks", "no pass of this list can keep any of it in that form"))
+
+    def _maker(self, value: int) -> Any:
+        return self.survey.graph.values[value].op
 
     def _kept_by_op(self, store: Store) -> int | None:
         maker = self.survey.graph.values[store.value].op

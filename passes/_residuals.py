@@ -34,6 +34,7 @@ class Residual:
         only repeats may read it.
       module: module path of the operation that makes it; a loop's carry has its loop's.
       trips: how often its region runs.
+      mark: what the innermost scope around the operation asks for (`_scopes.mark_of`), or None.
     """
 
     value: int
@@ -43,6 +44,7 @@ class Residual:
     lossy_readers: bool
     module: str
     trips: int
+    mark: str | None = None
 
 
 _KNOWN: weakref.WeakKeyDictionary[Survey, list[Residual]] = weakref.WeakKeyDictionary()
@@ -69,10 +71,11 @@ def _find(survey: Survey) -> Iterator[Residual]:
         if size < LEAST_BYTES:
             continue
         stack = str(c.name_stack(item.op.eqn)) if item.op is not None else ""
-        path = _scopes.module_path("/".join(p for p in (paths(item.region), stack) if p))
+        full = "/".join(p for p in (paths(item.region), stack) if p)
         lossy = not found or any(marks.is_backward(graph.ops[o]) for o in found)
         trips = graph.regions[item.region].trips
-        yield Residual(item.id, survey.aval_of(item.id), size, frozenset(found), lossy, path, trips)
+        path, mark = _scopes.module_path(full), _scopes.mark_of(full)
+        yield Residual(item.id, survey.aval_of(item.id), size, frozenset(found), lossy, path, trips, mark)
 
 
 def _is_candidate(op: g.Op, marks: _forms.Marks) -> bool:

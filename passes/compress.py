@@ -8,6 +8,7 @@ of the forward pass reads a lossy form.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 from memopt import _codecs
@@ -16,7 +17,8 @@ from memopt._contract import Left, Store
 from memopt._survey import Survey
 from memopt.passes import _residuals
 
-_WIDTHS = ("int8", "int4", "int2")
+#: The smallest values that together hold less than this share of all residual bytes stay as they are.
+_SHARE = 0.005
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,11 +35,12 @@ class Compress:
         planner chooses for each value.
       where: `fnmatch` patterns on module paths, a string or a tuple; empty for everything.
       error: largest relative error to allow, that of the codec against the largest magnitude of a block.
+      only_marked: only what `@memopt.compress` marks.
 
     Example:
       >>> import memopt
       >>> memopt.passes.Compress("int8", where="*/mlp")
-      Compress(codec=('int8',), where=('*/mlp',), error=1.0)
+      Compress(codec=('int8',), where=('*/mlp',), error=1.0, only_marked=False)
 
     Raises:
       ValueError: there is no such codec, none of them is within `error`, or a pattern matches no module path.
@@ -53,6 +56,7 @@ class Compress:
     codec: str | Codec | tuple[str | Codec, ...] = ("int8",)
     where: str | tuple[str, ...] = ()
     error: float = 1.0
+    only_marked: bool = False
 
     def __post_init__(self):
         codecs = (self.codec,) if isinstance(self.codec, (str, Codec)) else tuple(self.codec)
@@ -75,15 +79,30 @@ class Compress:
 
     def propose(self, survey: Survey) -> Iterator[Store | Left]:
         """Yield a `Store` for every codec and every forward value of floats that it makes smaller."""
+        small = _small(survey)
         for one in _residuals.chosen(survey, self.where):
             for codec in self.codecs if one.lossy_readers else ():
-                if codec.accepts(one.aval.dtype):
-                    yield from _coded(survey, one, codec)
+                asked = one.mark == f"compress.{codec.name}"
+                if codec.accepts(one.aval.dtype) and (asked or not (self.only_marked or one.value in small)):
+                    yield from _coded(survey, one, codec, asked)
 
 
-def _coded(survey: Survey, one: _residuals.Residual, codec: Codec) -> Iterator[Store]:
+def _small(survey: Survey) -> set[int]:
+    """Return the smallest residuals, which together hold less than a small share of the bytes.
+
+    They are mostly statistics of rows: their codes would save nothing, and their error would spread over the rows.
+    """
+    ordered = sorted(_residuals.residuals(survey), key=lambda one: one.bytes * one.trips)
+    least = _SHARE * sum(one.bytes * one.trips for one in ordered)
+    held = itertools.accumulate(one.bytes * one.trips for one in ordered)
+    return {one.value for one, total in zip(ordered, held, strict=True) if total < least}
+
+
+def _coded(survey: Survey, one: _residuals.Residual, codec: Codec, asked: bool) -> Iterator[Store]:
     layout = codec.layout(one.aval.shape, one.aval.dtype)
     size = sum(survey.bytes_of(leaf) for leaf in (layout.codes, *layout.scales))
     if size < one.bytes:
         seconds = _residuals.move_seconds(survey, size, one.bytes)
-        yield Store(one.value, seconds, size, codec.encode, codec.decode, error=codec.error, name=codec.name)
+        yield Store(
+            one.value, seconds, size, codec.encode, codec.decode, error=codec.error, name=codec.name, asked=asked
+        )
