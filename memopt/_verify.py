@@ -26,6 +26,8 @@ logger = logging.getLogger("memopt")
 REPLANS = 3
 #: A smallest predicted peak up to this much over the budget is still compiled: predictions may be that far off.
 _PREDICTION_SLACK = 1.15
+#: A plan predicted up to this much over the budget is compiled first where it repeats less, by this share of the step.
+_NEAR, _WORTH = 1.01, 0.0025
 _LISTED = 8
 
 
@@ -96,7 +98,8 @@ def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stag
     """
     reasons: list[str] = []
     try:
-        for attempt in range(REPLANS + 1):
+        chosen, program.index = program.index, _hopeful(program)
+        for attempt in range(0 if program.index == chosen else -1, REPLANS + 1):
             compiled, memory = compile_rung(program, args, kwargs)
             if _fits(program, memory):
                 break
@@ -108,6 +111,23 @@ def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stag
     program.memory, program.run = memory, program.caller
     log_plan(program, reasons)
     return compiled
+
+
+def _hopeful(program: Program) -> int | None:
+    """Return the rung to compile first: the chosen one, or one that repeats less and is predicted just over the budget.
+
+    Predictions are means: a plan predicted so far over the budget fits about as often as not, and it is run many times.
+    """
+    index, budget = program.index, program.budget_bytes
+    if index is None or budget is None:
+        return index
+    rungs, first = program.ladder.rungs, getattr(program.ladder, "first", 0)
+    least = _WORTH * getattr(getattr(program.ladder, "step", None), "baseline_flops", 0.0)
+    for other in range(first, index):
+        saved = rungs[index].recompute_flops - rungs[other].recompute_flops
+        if other not in program.measured and saved > least and rungs[other].predicted_peak_bytes <= _NEAR * budget:
+            return other
+    return index
 
 
 def compile_rung(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Memory]:

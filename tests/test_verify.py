@@ -38,15 +38,15 @@ class Ladder:
     """Rungs from (function, predicted peak) pairs; the planner's own choice."""
 
     def __init__(self, closed, rungs):
-        self.rungs = [rung(closed if fn is None else jax.make_jaxpr(fn)(W, X), peak) for fn, peak in rungs]
+        self.rungs = [rung(closed if fn is None else jax.make_jaxpr(fn)(W, X), *rest) for fn, *rest in rungs]
 
     def choose(self, budget_bytes, measured):
         peaks = [measured.get(i, r.predicted_peak_bytes) for i, r in enumerate(self.rungs)]
         return next((i for i, peak in enumerate(peaks) if peak <= budget_bytes), None)
 
 
-def rung(closed, peak_bytes):
-    return SimpleNamespace(jaxpr=lambda: closed, predicted_peak_bytes=peak_bytes, recompute_flops=0.0, seconds=0.0)
+def rung(closed, peak_bytes, flops=0.0):
+    return SimpleNamespace(jaxpr=lambda: closed, predicted_peak_bytes=peak_bytes, recompute_flops=flops, seconds=0.0)
 
 
 @pytest.fixture
@@ -113,6 +113,28 @@ def test_a_miss_scales_the_other_predictions(use):
     step = optimize(STEP, budget=(PLAIN_BYTES + SMALL_BYTES) // 2)
     step(W, X)
     assert sorted(program_of(step).measured) == [0, 3]
+
+
+@pytest.mark.parametrize(
+    "predicted, flops, tried",
+    [(1.005, 1.0, [0]), (1.005, 0.0, [1]), (1.02, 1.0, [1])],
+    ids=["near and cheaper", "no cheaper", "not near"],
+)
+def test_a_plan_just_over_the_budget_is_compiled_first_where_it_repeats_less(use, predicted, flops, tried):
+    use((None, int(predicted * PLAIN_BYTES)), (SMALL_STEP, SMALL_BYTES, flops))
+    step = optimize(STEP, budget=PLAIN_BYTES)
+    step(W, X)
+    assert sorted(program_of(step).measured) == tried
+    assert program_of(step).index == tried[-1]
+
+
+def test_a_plan_just_over_the_budget_that_misses_costs_no_attempt(use):
+    budget_bytes = PLAIN_BYTES - 1
+    others = [(shuffled(i), budget_bytes - i, 1.0) for i in range(3)]
+    use((None, int(1.005 * budget_bytes)), *others, (SMALL_STEP, SMALL_BYTES // 2, 1.0))
+    step = optimize(STEP, budget=budget_bytes)
+    step(W, X)
+    assert sorted(program_of(step).measured) == [0, 1, 2, 3, 4]
 
 
 def test_three_new_plans_at_most_then_an_error(use):
