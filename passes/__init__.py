@@ -10,6 +10,7 @@ from memopt.passes.lossless import Lossless as Lossless
 from memopt.passes.offload import Offload as Offload
 from memopt.passes.remat import Remat as Remat
 from memopt.passes.shard import Shard as Shard
+from memopt.passes.sketch import Sketch as Sketch
 
 __all__ = [
     "Compress",
@@ -20,6 +21,7 @@ __all__ = [
     "Offload",
     "Remat",
     "Shard",
+    "Sketch",
     "asked_for",
     "default",
 ]

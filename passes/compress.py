@@ -49,6 +49,9 @@ class Compress:
     (per-group asymmetric codes, stochastic rounding); Liu et al., "GACT: Activation Compressed Training for Generic
     Network Architectures", ICML 2022 (one codec for whatever a backward pass reads).
 
+    Blocks of 128 values run down the rows (tokens) of each channel: XLA:TPU fuses these, and wrote the scales of blocks
+    along the channels out in full. Where rows are no multiple of 32, each row is a block.
+
     Limits: integers and bools stay as they are (`Lossless` takes them), and so does what is inside a `shard_map`. An
     operation that JAX did not mark as transposed, such as a gradient written by hand, counts as forward.
     """
@@ -99,10 +102,9 @@ def _small(survey: Survey) -> set[int]:
 
 
 def _coded(survey: Survey, one: _residuals.Residual, codec: Codec, asked: bool) -> Iterator[Store]:
-    layout = codec.layout(one.aval.shape, one.aval.dtype)
+    form = _codecs.lean(codec)
+    layout = form.layout(one.aval.shape, one.aval.dtype)
     size = sum(survey.bytes_of(leaf) for leaf in (layout.codes, *layout.scales))
     if size < one.bytes:
         seconds = _residuals.move_seconds(survey, size, one.bytes)
-        yield Store(
-            one.value, seconds, size, codec.encode, codec.decode, error=codec.error, name=codec.name, asked=asked
-        )
+        yield Store(one.value, seconds, size, form.encode, form.decode, error=form.error, name=codec.name, asked=asked)
