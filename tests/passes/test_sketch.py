@@ -133,10 +133,10 @@ def test_what_something_else_reads_is_left_alone():
 
 def test_the_planner_takes_sketches_and_says_so():
     closed = jax.make_jaxpr(jax.grad(scanned))(*arguments(depth=8, rows=4096))
-    ladder = make_ladder(closed, donated=[False] * 2, target=Target.parse("cpu"), passes=[Sketch(ratio=0.1)])
-    assert any(s.name == "rmm" for rung in ladder.rungs for s in rung.choice.stores.values())
+    ladder = make_ladder(closed, donated=[False] * 2, target=Target.parse("cpu"), passes=[Sketch("wta", 0.1)])
+    assert any(s.name == "wta" for rung in ladder.rungs for s in rung.choice.stores.values())
     least = ladder.plan(len(ladder.rungs) - 1)
-    assert any(d.choice == "rmm" and "relative error" in d.reason for d in least.decisions)
+    assert any(d.choice == "wta" and "relative error" in d.reason for d in least.decisions)
 
 
 def test_settings_that_make_no_sense_are_refused():
