@@ -36,14 +36,16 @@ class Compress:
       where: `fnmatch` patterns on module paths, a string or a tuple; empty for everything.
       error: largest relative error to allow, that of the codec against the largest magnitude of a block.
       only_marked: only what `@memopt.compress` marks.
+      always: keep in this codec's form whatever a plan keeps of these values, rather than where it pays; for one codec.
 
     Example:
       >>> import memopt
       >>> memopt.passes.Compress("int8", where="*/mlp")
-      Compress(codec=('int8',), where=('*/mlp',), error=1.0, only_marked=False)
+      Compress(codec=('int8',), where=('*/mlp',), error=1.0, only_marked=False, always=False)
 
     Raises:
-      ValueError: there is no such codec, none of them is within `error`, or a pattern matches no module path.
+      ValueError: there is no such codec, none of them is within `error`, `always` has several, or a pattern matches no
+        module path.
 
     Source: Chen et al., "ActNN: Reducing Training Memory Footprint via 2-Bit Activation Compressed Training", ICML 2021
     (per-group asymmetric codes, stochastic rounding); Liu et al., "GACT: Activation Compressed Training for Generic
@@ -60,6 +62,7 @@ class Compress:
     where: str | tuple[str, ...] = ()
     error: float = 1.0
     only_marked: bool = False
+    always: bool = False
 
     def __post_init__(self):
         codecs = (self.codec,) if isinstance(self.codec, (str, Codec)) else tuple(self.codec)
@@ -69,6 +72,9 @@ class Compress:
         if not self.codecs:
             least = min(_codecs.codec(one).error for one in codecs)
             raise ValueError(f"No codec of {codecs} has an error of at most {self.error:g}: the smallest is {least:g}.")
+
+        if self.always and len(codecs) != 1:
+            raise ValueError(f"Everything is kept in one codec's form, not in several: {codecs}.")
 
     @property
     def name(self) -> str:
@@ -87,7 +93,7 @@ class Compress:
             for codec in self.codecs if one.lossy_readers else ():
                 asked = one.mark == f"compress.{codec.name}"
                 if codec.accepts(one.aval.dtype) and (asked or not (self.only_marked or one.value in small)):
-                    yield from _coded(survey, one, codec, asked)
+                    yield from _coded(survey, one, codec, asked or self.always)
 
 
 def _small(survey: Survey) -> set[int]:
