@@ -78,15 +78,30 @@ def rows_of(model: str, dtype: str, budgets: Sequence[str], count: int) -> list[
 def _row(model: str, dtype: str, budget: str, case: Any, references: Any, count: int) -> dict[str, Any]:
     (step, args), (plain, exact) = case, references
     row = {"model": model, "dtype": dtype, "budget": budget, "limit": LIMITS[dtype]}
-    optimized = memopt.optimize(step, budget=budget)
-    try:
-        ours = run(optimized, args, count)
-    except memopt.BudgetError as error:
-        return row | {"note": str(error).splitlines()[0]}
+    optimized, ours, note = planned_run(step, args, budget, count)
     row["recompute_flops"] = optimized.plan(*args).recompute_flops
     if exact is None:
-        return row | {"difference": distance(ours, plain)}
-    return row | {"difference": distance(ours, exact) / max(distance(plain, exact), 1e-30), "note": "plain's = 1"}
+        return row | {"difference": distance(ours, plain), "note": note}
+    note = "; ".join(filter(None, ("plain's = 1", note)))
+    return row | {"difference": distance(ours, exact) / max(distance(plain, exact), 1e-30), "note": note}
+
+
+def planned_run(step: Any, args: Any, budget: str, count: int) -> tuple[Any, list[np.ndarray], str]:
+    """Run a step within a budget, or by the smallest plan where the compiled peaks of none fit: results are asked for.
+
+    Tiny steps on the CPU often take more than their plan says, because XLA:CPU does not order unrolled programs.
+    """
+    optimized = memopt.optimize(step, budget=budget)
+    try:
+        return optimized, run(optimized, args, count), ""
+    except memopt.BudgetError:
+        pass
+    optimized = memopt.optimize(step, budget=budget, verify=False)
+    try:
+        return optimized, run(optimized, args, count), "compiled over the budget"
+    except memopt.BudgetError as error:
+        optimized = memopt.optimize(step, budget=error.smallest_peak_bytes, verify=False)
+        return optimized, run(optimized, args, count), "the smallest plan"
 
 
 def misses(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -92,7 +92,8 @@ class StateForm(Protocol):
     """What the front end asks of a pass that stores leaves of the state in another form between steps.
 
     `memopt.optimize` then takes and returns that form. `memopt._stored.LeafForm` has all three for passes that store
-    each leaf by itself.
+    each leaf by itself. A form with `asks = True` looks at the step before it chooses: its `compress` takes a second
+    argument, a function that traces the step over this form with a state in the place of the given one, or None.
     """
 
     @property

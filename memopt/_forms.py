@@ -169,10 +169,10 @@ def _trace(store: Store, aval: Any) -> Form:
         raise ValueError(f"The form {store.name!r} has effects: encode and decode have to be pure.")
     if getattr(back, "shape", None) != aval.shape or back.dtype != aval.dtype:
         raise ValueError(f"The form {store.name!r} decodes {aval.str_short()} to {back}: it has to give back the same.")
-    return Form(_flat(encode), _flat(decode), store.error > 0.0, store.readers)
+    return Form(flat(encode), flat(decode), store.error > 0.0, store.readers)
 
 
-def _flat(closed: Any) -> Any:
+def flat(closed: Any) -> Any:
     """Return an open jaxpr without plain calls, dead code and constants: they become literals."""
     flat = _inline.inline(closed)
     base, _ = c.dce(flat)

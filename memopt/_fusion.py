@@ -94,6 +94,7 @@ _QUOTIENTS = frozenset({"exp", "exp2", "logistic"})
 FREE, INFINITE = -1, 1 << 60
 #: How many operations a kernel that nothing waits for is put off by at most.
 _PATIENCE = 64
+_SLIGHT = 0.2  # of the bytes that such a kernel frees: what makes less does not wait for it
 #: Of so many values, the latest, a residual stream is known to be computed from; more of them decide no better.
 _SOURCES = 512
 
@@ -369,13 +370,17 @@ class Fusion:
         return True
 
     def _idle_until(self, op: tg.Op, index: int) -> int:
-        """Return when XLA's scheduler runs a kernel that nothing waits for: before the next that makes as much."""
+        """Return when XLA's scheduler runs a kernel that nothing waits for: before the next of some size."""
         graph = self.graph
-        freed = max((graph.bytes[v] for v in op.ins if v >= 0), default=0)
+        freed = _SLIGHT * max((graph.bytes[v] for v in op.ins if v >= 0), default=0)
+        before = index
         for later in range(index + 1, min(index + _PATIENCE, self.end)):
+            if not graph.ops[later].live:
+                continue
             made = [v for v in graph.ops[later].outs if v in self.stored and v not in self.outputs]
             if any(graph.bytes[v] >= freed for v in made):
-                return later - 1
+                return before
+            before = later
         return index
 
     def _takes(self, root: tg.Op, place: int, index: int, op: tg.Op) -> bool:

@@ -27,6 +27,7 @@ from memopt._network import Choice
 _BOUNDS, _BUILT = 16, 60_000  # bounds tried at most, and operations of the step times bounds
 _SLACK = 1.005  # a bound may be passed by this much: what a block holds is known about so well
 _DENSE = 0.5  # of the median over the matmuls of the blocks
+_LONG = 2000  # operations of a step from which fewer plans with a last block of its own are tried
 _STATES = 300  # partial plans kept at each block
 _LEAST_BLOCKS = 3
 
@@ -45,15 +46,16 @@ def plan(search: Any) -> bool:
     table = _Table(search, layers)
     bounds = table.bounds(max(10, min(_BOUNDS, _BUILT // len(search.survey.graph.ops))))
     found = [levels for bound in bounds if (levels := table.cheapest(bound)) is not None]
-    for levels in dict.fromkeys([*found, *_last_alone(table)]):
+    frugal = 1 if len(search.survey.graph.ops) > _LONG else 2
+    for levels in dict.fromkeys([*found, *_last_alone(table, frugal)]):
         search.score(layers.choice([table.kept[k] for k in levels]))
     return True
 
 
-def _last_alone(table: _Table) -> Iterator[tuple[int, ...]]:
+def _last_alone(table: _Table, most: int) -> Iterator[tuple[int, ...]]:
     """Yield the most frugal plans, but for the last block: its backward pass is first, where XLA's heap has holes."""
     levels, blocks = table.flops.shape
-    for frugal in range(min(2, levels)):
+    for frugal in range(min(most, levels)):
         for last in range(frugal + 1, levels):
             yield (frugal,) * (blocks - 1) + (last,)
 

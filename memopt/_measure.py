@@ -18,6 +18,7 @@ import jax
 from jax.sharding import NamedSharding, SingleDeviceSharding
 
 from memopt._bytes import format_bytes
+from memopt._compat_memory import HostShape
 from memopt._errors import TargetError
 from memopt._target import Target, devices
 from memopt._target import limit_bytes as target_limit_bytes
@@ -252,11 +253,12 @@ def _uncommitted(arguments: Any, expected: Any) -> Any:
         if not isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct)):
             return leaf
         sharding = leaf.sharding
+        away = sharding is not None and sharding.memory_kind == "pinned_host"
         if sharding is not None and not _same_kind(sharding, expected):
-            away = sharding.memory_kind == "pinned_host"
             sharding = SingleDeviceSharding(expected, memory_kind="pinned_host") if away else None
         weak_type = getattr(leaf, "weak_type", False)  # typed PRNG keys have none
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=weak_type)
+        kind = HostShape if away else jax.ShapeDtypeStruct
+        return kind(leaf.shape, leaf.dtype, sharding=sharding, weak_type=weak_type)
 
     if not has_nnx(arguments):
         return jax.tree.map(shape_of, arguments)

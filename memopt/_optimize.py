@@ -151,7 +151,7 @@ class Optimized:
         nnx_mode: dict[str, Any] | None = None,
     ):
         functools.update_wrapper(self, fn, updated=())
-        self._fn, self._options, self._settings = fn, options, settings
+        self._fn, self._options, self._settings, self._nnx_mode = fn, options, settings, nnx_mode
         self._forms = _stored.forms_of(settings.passes)
         self._core: Any = None
         if nnx_mode is None:
@@ -243,17 +243,36 @@ class Optimized:
 
         return _explain.explain_program(self._ask(Core.unplanned, args, kwargs))
 
-    def compress(self, state: Any) -> Any:
+    def compress(self, state: Any, *args: Any, **kwargs: Any) -> Any:
         """Return a state, or shapes of one, in the form in which the step takes and returns it.
 
         Call it once before the loop. Where no pass changes that form, the state comes back as it is.
 
+        Args:
+            state: the state, plain.
+            args, kwargs: the arguments of a call, or shapes of them, with this very state among them: passes that store
+                what they find in the step (`memopt.passes.LowRankState`) look at it then, and go by paths without them.
+
         Raises:
-            ValueError: a pass that stores state finds no leaf to store.
+            ValueError: a pass that stores state finds no leaf to store, or the state is not among the arguments.
         """
         if not self._forms:
             logger.info("%r: no pass changes the form of the state; compress returns it as it is", self)
-        return _stored.compress(state, self._forms)
+        return _stored.compress(state, self._forms, self._asker(state, args, kwargs) if args or kwargs else None)
+
+    def _asker(self, state: Any, args: tuple, kwargs: dict) -> Callable[[Any, Any], None]:
+        """Return a function of a form and a state in place of the given one: traces the step over that form alone."""
+        if not any(a is state for a in (*args, *kwargs.values())):
+            raise ValueError("The arguments given to compress do not hold the state: pass the same object among them.")
+
+        def ask(form: Any, instead: Any) -> None:
+            settings = dataclasses.replace(self._settings, passes=(form,))
+            step = Optimized(self._fn, self._options, settings, nnx_mode=self._nnx_mode)
+            given = [instead if a is state else a for a in args]
+            named = {name: instead if a is state else a for name, a in kwargs.items()}
+            step._ask(Core.unplanned, tuple(given), named)
+
+        return ask
 
     def decompress(self, state: Any) -> Any:
         """Return a state, or shapes of one, in its plain form, for evaluation and checkpoints."""

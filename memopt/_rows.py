@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt._fusion import ELEMENTWISE
+from memopt import _fusion
 
 #: Reductions over the layers that a loop can gather one layer at a time, with what joins two of their results.
 GATHERED = {"reduce_sum": "add", "reduce_max": "max", "reduce_min": "min", "reduce_and": "and", "reduce_or": "or"}
@@ -27,7 +27,8 @@ _MOVES = frozenset(
     "broadcast_in_dim concatenate iota pad reshape rev slice split transpose dynamic_slice expand_dims squeeze full "
     "empty tile bitcast_convert_type random_fold_in random_split random_seed".split()
 )
-_PLAIN = (ELEMENTWISE - _MOVES) | {"stop_gradient"}
+#: Operations that compute each element of their result from the same element of their operands.
+ELEMENTWISE = (_fusion.ELEMENTWISE - _MOVES) | {"stop_gradient"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def row(eqn: Any, stacked: Sequence[bool], length: int) -> Row | None:
     if eqn.effects or any(s and not _leads(v.aval, length) for v, s in zip(eqn.invars, stacked, strict=True)):
         return None
     name = eqn.primitive.name
-    if name in _PLAIN:
+    if name in ELEMENTWISE:
         return _elementwise(eqn, stacked)
     rule = _rule(name)
     found = None if rule is None else rule(eqn, stacked)

@@ -75,7 +75,8 @@ class _Finder:
     def __init__(self, jaxpr: Any, index: int):
         self.jaxpr, self.index = jaxpr, index
         self.loop = Loop(jaxpr.eqns[index])
-        self.after = jaxpr.eqns[index + 1 :]
+        results = set(_variables(jaxpr.outvars))
+        self.after = [e for e in jaxpr.eqns[index + 1 :] if not is_sent(e, results)]
         self.readers: dict[Any, list[int]] = {}
         for place, eqn in enumerate(jaxpr.eqns):
             for v in _variables(eqn.invars):
@@ -158,6 +159,11 @@ class _Finder:
 
     def _inside(self, place: int, inside: dict[int, Member]) -> bool:
         return place < len(self.jaxpr.eqns) and id(self.jaxpr.eqns[place]) in inside
+
+
+def is_sent(eqn: Any, results: set[Any]) -> bool:
+    """Say whether an equation only moves a result of the step to other memory: what it moves is a result then."""
+    return eqn.primitive.name == "device_put" and len(eqn.invars) == 1 and eqn.outvars[0] in results
 
 
 def _variables(atoms: Sequence[Any]) -> Iterator[Any]:

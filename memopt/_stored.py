@@ -30,10 +30,17 @@ def matches(path: str, where: str | Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, pattern.replace("[", "[[]")) for pattern in patterns)
 
 
-def compress(state: Any, forms: Sequence[StateForm]) -> Any:
-    """Return a state, or shapes of one, in the stored form; leaves that are stored already stay."""
+def compress(state: Any, forms: Sequence[StateForm], ask: Callable[[StateForm, Any], None] | None = None) -> Any:
+    """Return a state, or shapes of one, in the stored form; leaves that are stored already stay.
+
+    Args:
+      state: the state.
+      forms: the passes that store it.
+      ask: traces the step over one form, with a state in the place of the given one; for passes that look at the step.
+    """
     for form in forms:
-        state = form.compress(state)
+        asks = ask is not None and getattr(form, "asks", False)
+        state = form.compress(state, functools.partial(ask, form)) if asks else form.compress(state)
     return state
 
 

@@ -27,8 +27,10 @@ FAST_MEMORY_BYTES = {"v5e": 72 * MIB, "v6e": 40 * MIB, "v5p": 24 * MIB}
 #: XLA:TPU starts every buffer, however small, on a multiple of this.
 SMALL_BUFFER_BYTES = 16 * 1024
 SMALL_BUFFERS = 10_000
-#: The part of the holes of our heap that XLA's has: it knows the order of allocations, we know it roughly.
-HOLES_KEPT = 1.0
+#: Holes that XLA's heap has beyond those of ours, as a share of the bytes alive: prefetched weights and copies out of
+#: the fast memory are not placed here, and whether a buffer just fits between them is chance. It is 1.5 % in the median
+#: and 14 % at most over 27 compiled steps and plans, scanned and unrolled.
+MORE_HOLES = 0.015
 
 __all__ = ["Live", "Timeline", "simulate"]
 
@@ -143,7 +145,7 @@ def _reported_bytes(run: Run, platform: str, fast_bytes: int) -> int:
     if platform != "tpu":
         return size
     live = max(heap.live_bytes(buffers, run.length), default=0)
-    size = live + int(HOLES_KEPT * (size - live)) + SMALL_BUFFER_BYTES * min(len(buffers), SMALL_BUFFERS)
+    size += int(MORE_HOLES * live) + SMALL_BUFFER_BYTES * min(len(buffers), SMALL_BUFFERS)
     return size + max(0, size - max(heap.live_bytes(buffers, run.length, first=True), default=0))
 
 

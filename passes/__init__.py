@@ -7,6 +7,7 @@ from memopt.passes.compress_state import CompressState as CompressState
 from memopt.passes.fuse_update import FuseUpdate as FuseUpdate
 from memopt.passes.kernels import Kernels as Kernels
 from memopt.passes.lossless import Lossless as Lossless
+from memopt.passes.low_rank_state import LowRankState as LowRankState
 from memopt.passes.offload import Offload as Offload
 from memopt.passes.remat import Remat as Remat
 from memopt.passes.shard import Shard as Shard
@@ -18,6 +19,7 @@ __all__ = [
     "FuseUpdate",
     "Kernels",
     "Lossless",
+    "LowRankState",
     "Offload",
     "Remat",
     "Shard",
@@ -33,9 +35,9 @@ def default() -> list:
     Example:
       >>> import memopt
       >>> memopt.passes.default()
-      [Remat(respect_checkpoint=False)]
+      [Remat(respect_checkpoint=False), Kernels(attention=True, losses=True)]
     """
-    return [Remat()]
+    return [Remat(), Kernels()]
 
 
 def asked_for(marks: Iterable[str]) -> list:

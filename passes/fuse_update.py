@@ -121,11 +121,17 @@ def _fuse(jaxpr: Any, moved: list, left: list[Left]) -> Any:
 
 
 def _pairs_of(jaxpr: Any, found: _stacks.Region) -> dict[Any, Any]:
-    """Return for each new state that members make the old one that it overwrites: a step's argument it is made from."""
-    free = {v for v in (*jaxpr.invars,) if not isinstance(v, c.Literal)} & set(found.inputs()[0])
-    outs = {v for v in jaxpr.outvars if not isinstance(v, c.Literal)}
+    """Return for each new state that members make the old one that it overwrites: a step's argument it is made from.
+
+    An argument that comes from the host's memory, and a result that goes there, count as what is moved.
+    """
+    moves = [e for e in jaxpr.eqns if e.primitive.name == "device_put" and len(e.invars) == 1]
+    arguments, results = list(jaxpr.invars), {v for v in jaxpr.outvars if not isinstance(v, c.Literal)}
+    arguments += [e.outvars[0] for e in moves if any(e.invars[0] is v for v in jaxpr.invars)]
+    outs = results | {e.invars[0] for e in moves if _stacks.is_sent(e, results)}
+    free = set(arguments) & set(found.inputs()[0])
     origins = {v: own for v, own in found.origins().items() if v in outs and v not in own}
-    fits = {o: [v for v in jaxpr.invars if v in free and v in own and v.aval == o.aval] for o, own in origins.items()}
+    fits = {o: [v for v in arguments if v in free and v in own and v.aval == o.aval] for o, own in origins.items()}
     pairs: dict[Any, Any] = {}
     for out in sorted(fits, key=lambda o: len(fits[o])):
         match = next((v for v in fits[out] if v not in pairs.values()), None)

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from memopt._contract import Left, Store
+from memopt._contract import Context, Left, Rewritten, Store
 from memopt._survey import Survey
-from memopt.passes import _residuals
+from memopt.passes import _offload_state, _residuals
 
 
 @dataclasses.dataclass(frozen=True)
-class Offload:
+class Offload(_offload_state.HostState):
     """Let the planner send forward values to the host's memory, and fetch them where the backward pass reads them.
 
     Device memory falls by what is away; the cost is each byte twice over the link to the host, of which as much is
@@ -32,11 +32,13 @@ class Offload:
       hidden: the part of a transfer that is hidden behind computation, from 0 to 1; the rest is counted as time.
       least_bytes: smaller values stay.
       only_marked: only what `@memopt.offload` marks.
+      state: `jax.tree_util.keystr` patterns of leaves of the state that lie in the host's memory between steps, a
+        string or a tuple, such as `"*opt_state*"`; whatever the budget. Take `step.compress(state)` before the loop.
 
     Example:
       >>> import memopt
       >>> memopt.passes.Offload()
-      Offload(where=(), fraction=1.0, hidden=0.5, least_bytes=1048576, only_marked=False)
+      Offload(where=(), fraction=1.0, hidden=0.5, least_bytes=1048576, only_marked=False, state=())
 
     Raises:
       ValueError: a fraction outside its range, or a pattern that matches no module path.
@@ -45,7 +47,10 @@ class Offload:
     MICRO 2016; the fraction of tokens is Zhao et al., "MEMO: Fine-grained Tensor Management For Ultra-long Context LLM
     Training", 2024 (arXiv 2407.12117), section 4.
 
-    Limits: on XLA:CPU, where host and device memory are one, this changes no figure. XLA may drop a transfer.
+    Limits: on XLA:CPU, where host and device memory are one, this changes no figure. XLA may drop a transfer. State of
+    scanned layers is fetched a layer at a time where a loop alone uses it: parameters that are only read, and with
+    `FuseUpdate` all that is updated in the backward loop. Other state XLA:TPU was measured to fetch at the start of the
+    step, all at once: then the arguments fall, and the temporaries rise by as much.
     """
 
     where: str | tuple[str, ...] = ()
@@ -53,9 +58,13 @@ class Offload:
     hidden: float = 0.5
     least_bytes: int = 1 << 20
     only_marked: bool = False
+    state: str | tuple[str, ...] = ()
+    stage: ClassVar[int] = 45
 
     def __post_init__(self):
-        object.__setattr__(self, "where", (self.where,) if isinstance(self.where, str) else tuple(self.where))
+        for name in ("where", "state"):
+            patterns = getattr(self, name)
+            object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
         if not 0.0 < self.fraction <= 1.0:
             raise ValueError(f"The fraction that goes to the host is above 0 and at most 1, not {self.fraction}.")
         if not 0.0 <= self.hidden <= 1.0:
@@ -65,6 +74,15 @@ class Offload:
     def name(self) -> str:
         """The pass's name in plans."""
         return "offload"
+
+    @property
+    def optional(self) -> bool:
+        """Whether the budget decides all of it: state goes whatever the budget."""
+        return not self.state
+
+    def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
+        """Return the step with its state fetched from the host and sent back, one leaf after the other."""
+        return _offload_state.rewritten(closed, context, self.name) if self.state else None
 
     def propose(self, survey: Survey) -> Iterator[Store | Left]:
         """Yield a `Store` for every forward value large enough."""

@@ -53,16 +53,20 @@ def test_an_update_takes_the_kernel_of_one_matmul_only():
     assert stored(step, SQUARE, SQUARE, SQUARE) == ["dot_general", "sub"]
 
 
-def test_a_kernel_that_nothing_waits_for_runs_before_the_next_that_makes_as_much():
+@pytest.mark.parametrize("dead", [0, 2])
+def test_a_kernel_that_nothing_waits_for_runs_before_the_next_that_makes_as_much(dead):
     def step(w, x, y):
         made = lax.sort(x)
         updated = w - matmul(made, y)
         other = lax.neg(lax.reduce_max(y, (0, 1)))
+        for _ in range(dead):
+            lax.sort(x)
         return updated, lax.sort(lax.sort(y)), other
 
     graph, fusion = fused(step, SQUARE, SQUARE, SQUARE)
-    made, second = [i for i, op in enumerate(graph.ops) if op.name == "sort"][:2]
-    assert fusion.last[graph.ops[made].outs[0]] == second - 1
+    made, second = [i for i, op in enumerate(graph.ops) if op.name == "sort" and op.live][:2]
+    assert fusion.last[graph.ops[made].outs[0]] == second - 1 - dead
+    assert graph.ops[second - 1 - dead].live
 
 
 def test_an_error_function_is_not_computed_twice():
