@@ -87,7 +87,8 @@ class _Scaled(Codec):
     def _flat(self, grouped: jax.Array, view: tuple[int, ...], dtype: Any) -> jax.Array:
         """Return a decoded array in its own shape."""
         if self._rows(view) is not None:
-            return jax.lax.optimization_barrier(grouped.astype(dtype)).reshape(view)
+            whole = jax.lax.optimization_barrier(grouped.astype(dtype)).reshape(view)
+            return jax.lax.optimization_barrier(whole)  # nor may XLA go on in blocks after it
         return grouped if self.channels else b.from_blocks(grouped, view[-1])
 
     def _store(self, scales: jax.Array, view: tuple[int, ...]) -> jax.Array:

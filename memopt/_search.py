@@ -85,7 +85,7 @@ class Search:
         self.cache: dict | None = {} if step.local is None else None  # what the timelines of its plans share
         self.undone_seconds = 0.0
         self.kept = self.score(Choice({}))
-        self.undone_seconds = step.baseline_seconds - step.seconds(self.kept.closed)
+        self.undone_seconds = step.baseline_seconds - step.seconds(step.flat if step.asked else self.kept.closed)
         self.kept.seconds -= self.undone_seconds
         if self.always:
             self.seen.clear()  # what the user asked to run again is run again in every plan

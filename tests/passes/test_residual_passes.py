@@ -145,7 +145,7 @@ def test_lossless_compiles_to_less(layer):
 
 
 def test_the_default_passes_are_exact():
-    assert all(p.name in ("remat", "lossless", "kernels") for p in default())
+    assert all(p.name in ("remat", "lossless", "Kernels") for p in default())
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4-asymmetric-stochastic", "fp8-e4m3"])
@@ -191,7 +191,7 @@ def test_compress_takes_what_where_names():
 def test_always_keeps_in_the_codec_whatever_a_plan_keeps():
     closed = trace(scanned(gelu), arguments())
     ladder = make_ladder(closed, donated=[False] * 2, target=CPU, passes=[Remat(), Compress("int8", always=True)])
-    assert len(ladder.rungs) > 2
+    assert len(ladder.rungs) > 1
     for rung in ladder.rungs[1:]:
         first = next(e for e in c.open_jaxpr(rung.closed).eqns if e.primitive.name == "scan")
         stacks = [v.aval for v in first.outvars if not isinstance(v, c.DropVar) and v.aval.shape[:1] == (DEPTH,)]
