@@ -89,7 +89,7 @@ def assert_within(codec, x, got, factor=1.0):
     np.testing.assert_array_equal(x[~finite], got[~finite])
     assert np.isfinite(got[finite]).all()
     bound = codec.error * factor * scale_of(codec, x) * (1 + 1e-5) + 4.8e-38
-    rounding = np.abs(x) * 2.0**-8 + float(jnp.finfo(dtype).smallest_subnormal)
+    rounding = np.maximum(np.abs(x), np.abs(got)) * 2.0**-8 + float(jnp.finfo(dtype).smallest_subnormal)
     assert (np.abs(got[finite] - x[finite]) <= (bound[finite] + rounding[finite])).all()
 
 
