@@ -138,7 +138,8 @@ class Bench:
         stored = None if self.replan else self.plans.get(key)
         if stored is not None:
             try:
-                step, args = case.optimized(plan=memopt.Plan.from_json(stored["plan"]), budget=NO_LIMIT)
+                plan, passes = memopt.Plan.from_json(stored["plan"]), [memopt.passes.Remat()]
+                step, args = case.optimized(plan=plan, budget=NO_LIMIT, passes=passes)
                 return step, args, step.plan(*args)
             except (ValueError, IndexError) as error:  # another step, or segments of an older planner
                 _report.console().print(f"{key}: planned again, {error}", soft_wrap=True)

@@ -40,7 +40,8 @@ def matmul_flops(program: Any) -> float:
     """Count the FLOPs of `dot_general` and `conv_general_dilated`, two for each multiply-add.
 
     Loops are multiplied out: a `scan` by its length, a `pallas_call` by its grid. A `while` counts one trip, as its
-    number is not known from the program. A `cond` counts its dearest branch. The body of a `shard_map` counts as one
+    number is not known from the program, but inside a kernel that states its FLOPs (`cost_estimate`) as many as these
+    ask for. A `cond` counts its dearest branch. The body of a `shard_map` counts as one
     device sees it. Positions of a convolution that fall on padding or into the holes of a dilation are not counted,
     as in XLA's own cost analysis.
 
@@ -141,13 +142,22 @@ def _bodies(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
             yield from (_open(item) for item in value if isinstance(item, core.Jaxpr | core.ClosedJaxpr))
 
 
-def _trips(eqn: core.JaxprEqn) -> int:
+def _trips(eqn: core.JaxprEqn) -> float:
     """Return how often an equation runs its body; 1 where that is not known."""
     if eqn.primitive.name == "scan":
         return eqn.params["length"]
     if eqn.primitive.name == "pallas_call":
-        return math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
+        return math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int)) * _inner_trips(eqn)
     return 1
+
+
+def _inner_trips(eqn: core.JaxprEqn) -> float:
+    """Return how often the `while` loops of a kernel run, by the FLOPs that it states itself; 1 where it does not."""
+    stated, body = eqn.params.get("cost_estimate"), _open(eqn.params["jaxpr"])
+    if stated is None or not any(inner.primitive.name == "while" for inner in body.eqns):
+        return 1
+    steps = math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
+    return max(1.0, stated.flops / max(1.0, steps * _jaxpr_flops(body)))
 
 
 # Seconds

@@ -3,5 +3,17 @@
 from memopt.pallas_kernels.attention import attention as attention
 from memopt.pallas_kernels.linear_cross_entropy import contrastive_loss as contrastive_loss
 from memopt.pallas_kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+from memopt.pallas_kernels.quantized_matmul import dequantize as dequantize
+from memopt.pallas_kernels.quantized_matmul import quantize_weight as quantize_weight
+from memopt.pallas_kernels.quantized_matmul import quantized_dot_general as quantized_dot_general
+from memopt.pallas_kernels.quantized_matmul import quantized_matmul as quantized_matmul
 
-__all__ = ["attention", "contrastive_loss", "linear_cross_entropy"]
+__all__ = [
+    "attention",
+    "contrastive_loss",
+    "dequantize",
+    "linear_cross_entropy",
+    "quantize_weight",
+    "quantized_dot_general",
+    "quantized_matmul",
+]

@@ -33,9 +33,9 @@ def default() -> list:
     Example:
       >>> import memopt
       >>> memopt.passes.default()
-      [Remat(respect_checkpoint=False)]
+      [Remat(respect_checkpoint=False), Kernels(attention=True, losses=True)]
     """
-    return [Remat()]
+    return [Remat(), Kernels()]
 
 
 def asked_for(marks: Iterable[str]) -> list:

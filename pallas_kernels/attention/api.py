@@ -187,7 +187,10 @@ def backward(form: Form, spec: Spec, q, k, v, bias, extras: Extras, out, lse, co
     else:
         grads = lean.backward(spec, *operands, form.blocks)
     blocks = form.blocks if form.name == "lean" else None
-    return *grads, None if bias is None else lean.bias_gradient(spec, *operands, blocks)
+    if bias is None:
+        return *grads, None
+    lse = lse * tpu.LN2 if form.name == "tpu" else lse  # the pure-JAX form counts in units of 1
+    return *grads, lean.bias_gradient(spec, q, k, v, bias, extras, out, lse, cotangent, blocks)
 
 
 def _run_forward(form: Form, spec: Spec, q, k, v, bias, extras: Extras):

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from . import tiles
-from .spec import LOWEST, Extras, Spec
+from .spec import LOWEST, Extras, Spec, visits
 
 
 def problem(spec: Spec, q, k, v, bias, extras: Extras, blocks: tuple[int, int] | None) -> str | None:
@@ -70,11 +70,26 @@ def forward(
             jax.ShapeDtypeStruct((*q.shape[:2], 2, q.shape[2]), jnp.float32),
         ),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        cost_estimate=_cost(spec, q, queries, keys, (block_q, block_k), q.shape[3] + v.shape[3]),
         interpret=interpret,
         name="memopt_attention_forward",
     )
     out, lse = call(q, k, v, *operands)
     return out[:, :, :queries, :value_dim].swapaxes(1, 2), lse[..., :queries]
+
+
+def _cost(spec: Spec, q, queries: int, keys: int, blocks: tuple[int, int], width: int) -> pl.CostEstimate:
+    """Return what a kernel costs: loops inside it visit as many tiles as hold an allowed pair.
+
+    Args:
+        spec: the settings.
+        q: the queries, `[batch, heads, length, head_dim]`.
+        queries, keys: lengths.
+        blocks: sizes of a tile.
+        width: sum of the head sizes over the products of a tile.
+    """
+    pairs = q.shape[0] * q.shape[1] * len(visits(spec, queries, keys, *blocks).rows) * blocks[0] * blocks[1]
+    return pl.CostEstimate(flops=2 * pairs * width, transcendentals=pairs, bytes_accessed=0)
 
 
 def backward(
@@ -110,6 +125,7 @@ def _query_gradient(spec: Spec, sizes, operands, extra, interpret: bool):
         out_specs=rows[0],
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
+        cost_estimate=_cost(spec, q, q.shape[2], sizes[1], sizes[2:], 2 * q.shape[3] + v.shape[3]),
         interpret=interpret,
         name="memopt_attention_dq",
     )
@@ -135,6 +151,7 @@ def _key_gradients(spec: Spec, sizes, operands, extra, interpret: bool):
         out_specs=[pl.BlockSpec((None, None, block_k, x.shape[3]), lambda b, h, j: (b, h, j, 0)) for x in (k, v)],
         out_shape=tuple(map(jax.ShapeDtypeStruct, shapes, dtypes)),
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        cost_estimate=_cost(spec, q, q.shape[2], sizes[1], sizes[2:], 2 * (q.shape[3] + v.shape[3])),
         interpret=interpret,
         name="memopt_attention_dkv",
     )

@@ -22,7 +22,7 @@ from . import tiles
 from .spec import HIDDEN, LOWEST, PARTIAL, WHOLE, Extras, Spec, Visits, visits
 
 LANES = 128
-LOG2E = 1.4426950408889634
+LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 FIRST, LAST = 1, 2  # bits of a visit: it opens or closes an output block; two bits for its kind, head bits above
 KIND_SHIFT, HEAD_SHIFT = 2, 4
 VMEM_BYTES = 100 * 2**20  # what a kernel may take of the 128 MiB of v5e, v5p and v6e

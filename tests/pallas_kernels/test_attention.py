@@ -17,7 +17,7 @@ from memopt.pallas_kernels.attention import tpu_backward
 from tests.pallas_kernels.attention_cases import CASES, ERRORS, Case, operands
 
 FORMS = ("lean", "tpu", "gpu")
-QUICK_KERNEL_CASES = {"tpu": ("grouped causal",), "gpu": ("cross",)}  # emulation is slow
+QUICK_KERNEL_CASES = {"tpu": ("grouped causal", "key bias"), "gpu": ("cross",)}  # emulation is slow
 BLOCKS = {"lean": (32, 64), "tpu": (128, 128), "gpu": (32, 64)}
 
 
@@ -48,9 +48,12 @@ def _assert_close(case: Case, dtype: str, form: str, blocks=None):
     except NotImplementedError as error:
         pytest.skip(str(error))
     wide = {"bfloat16": "float32"}.get(dtype, dtype)
+    # Where one key takes a row whole, the gradient of its score is the difference of two equal products: zero in exact
+    # arithmetic, and in a kernel their rounding times the other operand.
+    least = 1e-3 if case.scale_of_q == 1 else case.scale_of_q
     for ours, theirs in zip(got, _value_and_gradients(case, wide, implementation="reference"), strict=True):
         assert np.isfinite(ours).all()
-        assert np.abs(ours - theirs).max() <= ERRORS[dtype] * max(np.abs(theirs).max(), 1e-3)
+        assert np.abs(ours - theirs).max() <= ERRORS[dtype] * max(np.abs(theirs).max(), least)
 
 
 @pytest.mark.parametrize(("form", "case"), list(_rows()))
@@ -196,6 +199,19 @@ def test_only_visited_tiles_are_counted_and_each_once():
     assert memopt.matmul_flops(jax.make_jaxpr(jax.grad(step, (0, 1, 2)))(q, q, q)) == 2 * 3 * products * tile + rows
 
 
+def test_loops_inside_a_gpu_kernel_are_counted_by_what_it_states():
+    q = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+
+    def step(q, k, v):
+        return attention(q, k, v, is_causal=True, implementation="gpu").astype("float32").sum()
+
+    products = 2 + 3 + 4  # forward, gradient of the queries, gradients of keys and values
+    tiles = 16 * 17 / 2 * 64 * 64
+    rows = 2 * 2 * 1024 * 64
+    counted = memopt.matmul_flops(jax.make_jaxpr(jax.grad(step, (0, 1, 2)))(q, q, q))
+    assert counted == pytest.approx(2 * 2 * products * tiles * 64 + rows, rel=1e-6)
+
+
 def test_memory_is_linear_in_the_length():
     def temporaries(length: int) -> int:
         q = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
@@ -252,6 +268,7 @@ AOT = [
     ("GPT-2", (8, 1024, 1024, 12, 12, 64), {"is_causal": True}),
     ("Llama 1B", (1, 2048, 2048, 32, 8, 64), {"is_causal": True}),
     ("Llama 8B", (1, 4096, 4096, 32, 8, 128), {"is_causal": True}),
+    ("Llama 8B, long", (1, 32_768, 32_768, 32, 8, 128), {"is_causal": True}),
     ("ViT-B", (8, 196, 196, 12, 12, 64), {}),
     ("Gemma 2", (1, 4096, 4096, 8, 4, 256), {"is_causal": True, "soft_cap": 50.0, "local_window_size": (2048, 0)}),
     ("packed", (1, 1000, 1000, 4, 2, 80), {"is_causal": True, "q_segment_ids": "segments", "alibi_slopes": True}),
@@ -298,7 +315,7 @@ def test_the_kernels_compile_for_tpus_with_no_scores_in_memory(target, shape, se
     batch, queries, keys, heads = shape[:4]
     assert memory.fits
     assert memory.peak_bytes - memory.argument_bytes < memory.argument_bytes * 6 + batch * heads * queries * 64 * 4
-    assert memory.temp_bytes < batch * heads * queries * keys * 4
+    assert memory.temp_bytes < max(batch * heads * queries * keys * 4, 32 * 2**20)
 
 
 CUDA = [pytest.param(*row, marks=[] if row[0] in ("GPT-2", "packed") else [pytest.mark.slow], id=row[0]) for row in AOT]

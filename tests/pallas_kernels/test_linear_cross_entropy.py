@@ -189,10 +189,14 @@ def test_the_kernels_compile_for_v5e_with_no_temporaries():
     assert memory.temp_bytes <= 2**20
 
 
+# Heads of Gemma 2 2B, GPT-2 and Llama 1B: tokens, width, vocabulary.
+AOT = [(8192, 2304, 256_000), (8192, 768, 50_257), (4096, 2048, 128_256)]
+
+
 @pytest.mark.slow
 @pytest.mark.tpu_aot
 @pytest.mark.parametrize("target", ["tpu:v5e:1x1", "tpu:v5p:1x1x1", "tpu:v6e:1x1"])
-@pytest.mark.parametrize("shape", [(8192, 2304, 256_000), (8192, 768, 50_257), (4096, 2048, 128_256)])
+@pytest.mark.parametrize("shape", AOT)
 @pytest.mark.parametrize("vocab_axis", [0, 1])
 def test_the_kernels_compile_at_published_shapes(target, shape, vocab_axis):
     memory = _measure(*shape, target, vocab_axis=vocab_axis)
