@@ -133,8 +133,8 @@ def _phases(profile: np.ndarray, parts: int) -> list[int]:
 def _necks(held: np.ndarray, at: int, low: int, shift: int, level: float) -> list[int]:
     """Return the position nearest to `at` where about as much crosses as at the cuts, if there is one near."""
     first = max(low, at - shift)
-    window = np.abs(held[first - low : max(0, at + shift + 1 - low)] / level - 1)
-    close = first + np.flatnonzero(window <= _BESIDE - 1)
+    off = np.abs(held[first - low : max(0, at + shift + 1 - low)] - level)
+    close = first + np.flatnonzero(off <= (_BESIDE - 1) * level)
     return close[np.argsort(np.abs(close - at), kind="stable")][:1].tolist()
 
 

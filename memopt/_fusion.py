@@ -94,7 +94,6 @@ _QUOTIENTS = frozenset({"exp", "exp2", "logistic"})
 FREE, INFINITE = -1, 1 << 60
 #: How many operations a kernel that nothing waits for is put off by at most.
 _PATIENCE = 64
-_SLIGHT = 0.2  # of the bytes that such a kernel frees: what makes less does not wait for it
 #: Of so many values, the latest, a residual stream is known to be computed from; more of them decide no better.
 _SOURCES = 512
 
@@ -370,9 +369,9 @@ class Fusion:
         return True
 
     def _idle_until(self, op: tg.Op, index: int) -> int:
-        """Return when XLA's scheduler runs a kernel that nothing waits for: before the next of some size."""
+        """Return when XLA's scheduler runs a kernel that nothing waits for: before the next that makes as much."""
         graph = self.graph
-        freed = _SLIGHT * max((graph.bytes[v] for v in op.ins if v >= 0), default=0)
+        freed = max((graph.bytes[v] for v in op.ins if v >= 0), default=0)
         before = index
         for later in range(index + 1, min(index + _PATIENCE, self.end)):
             if not graph.ops[later].live:

@@ -24,7 +24,7 @@ from memopt import _blocks, _cost, _segments
 from memopt import _graph as g
 from memopt._network import Choice
 
-_BOUNDS, _BUILT = 16, 60_000  # bounds tried at most, and operations of the step times bounds
+_BOUNDS, _LEAST_BOUNDS, _BUILT = 16, 8, 30_000  # bounds tried, and operations of the step times bounds
 _SLACK = 1.005  # a bound may be passed by this much: what a block holds is known about so well
 _DENSE = 0.5  # of the median over the matmuls of the blocks
 _LONG = 2000  # operations of a step from which fewer plans with a last block of its own are tried
@@ -44,7 +44,7 @@ def plan(search: Any) -> bool:
     if layers is None:
         return False
     table = _Table(search, layers)
-    bounds = table.bounds(max(10, min(_BOUNDS, _BUILT // len(search.survey.graph.ops))))
+    bounds = table.bounds(max(_LEAST_BOUNDS, min(_BOUNDS, _BUILT // len(search.survey.graph.ops))))
     found = [levels for bound in bounds if (levels := table.cheapest(bound)) is not None]
     frugal = 1 if len(search.survey.graph.ops) > _LONG else 2
     for levels in dict.fromkeys([*found, *_last_alone(table, frugal)]):

@@ -27,11 +27,6 @@ FAST_MEMORY_BYTES = {"v5e": 72 * MIB, "v6e": 40 * MIB, "v5p": 24 * MIB}
 #: XLA:TPU starts every buffer, however small, on a multiple of this.
 SMALL_BUFFER_BYTES = 16 * 1024
 SMALL_BUFFERS = 10_000
-#: Holes that XLA's heap has beyond those of ours, as a share of the bytes alive: prefetched weights and copies out of
-#: the fast memory are not placed here, and whether a buffer just fits between them is chance. It is 1.5 % in the median
-#: and 14 % at most over 27 compiled steps and plans, scanned and unrolled.
-MORE_HOLES = 0.015
-
 __all__ = ["Live", "Timeline", "simulate"]
 
 
@@ -141,11 +136,10 @@ def _reported_bytes(run: Run, platform: str, fast_bytes: int) -> int:
     assignments, equal within 0.1 % over scanned and unrolled steps.
     """
     buffers = heap.without_fast_memory(run.buffers, run.length, fast_bytes)
-    size = heap.heap_bytes(buffers)
     if platform != "tpu":
-        return size
-    live = max(heap.live_bytes(buffers, run.length), default=0)
-    size += int(MORE_HOLES * live) + SMALL_BUFFER_BYTES * min(len(buffers), SMALL_BUFFERS)
+        return heap.heap_bytes(buffers)
+    size = heap.expected_heap_bytes(buffers, run.length)
+    size += SMALL_BUFFER_BYTES * min(len(buffers), SMALL_BUFFERS)
     return size + max(0, size - max(heap.live_bytes(buffers, run.length, first=True), default=0))
 
 

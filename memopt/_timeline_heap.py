@@ -15,6 +15,13 @@ from typing import Any
 
 import numpy as np
 
+#: Layouts of which the mean is taken, and how far their buffers start earlier at random, in operations (one standard
+#: deviation of a normal distribution).
+LAYOUTS, EARLIER = 8, 2.0
+#: Buffers that stand for copies: how many for each operation, the share of the largest buffer that each is at most, and
+#: for how many operations they live.
+STRAYS, STRAY_SHARE, STRAY_LIVES = 0.1, 1 / 64, (5, 60)
+
 
 @dataclasses.dataclass(slots=True)
 class Buffer:
@@ -63,25 +70,54 @@ def heap_bytes(buffers: Sequence[Buffer], share: float = 1 / 4096) -> int:
 
     Buffers below `share` of the largest total are not placed but added at their sum's peak.
     """
-    if not buffers:
-        return 0
-    floor = max(b.bytes for b in buffers) * share
-    large = sorted((b for b in buffers if b.bytes > floor), key=lambda b: (b.start, -b.bytes))
+    large, small_bytes = _divided(buffers, share)
+    return _place([(b.start, -b.bytes, b.end) for b in large]) + small_bytes
+
+
+def expected_heap_bytes(buffers: Sequence[Buffer], length: int, share: float = 1 / 4096) -> int:
+    """Return the mean size of the heap over a few layouts that differ by what is not known of the compiler's.
+
+    Whether a buffer just fits into a hole is chance as soon as another one is a little earlier, or beside it: between
+    layouts of one program the holes differ by as much as there are. So buffers start a little earlier at random, and
+    small ones that live shortly stand for prefetched weights and copies from the fast memory, which `buffers` has not.
+    How many and how much was chosen on 33 compiled steps and plans, scanned and unrolled: peaks were then predicted
+    within 10 % of the compiler's, where one layout was up to 17 % low. The random numbers are the same in every call.
+    """
+    large, small_bytes = _divided(buffers, share)
+    if not large:
+        return small_bytes
+    starts, ends, sizes = np.array([(b.start, b.end, b.bytes) for b in large], np.int64).T
+    count = int(STRAYS * length)
+    random = np.random.default_rng(0)
+    total = 0
+    for _ in range(LAYOUTS):
+        earlier = np.maximum(0, starts - np.abs(random.normal(0.0, EARLIER, len(starts))).astype(np.int64))
+        stray_starts = random.integers(0, length + 1, count)
+        stray_ends = np.minimum(length, stray_starts + random.integers(*STRAY_LIVES, count))
+        strays = (sizes.max() * STRAY_SHARE * random.random(count)).astype(np.int64) + 1
+        columns = ((earlier, stray_starts), (-sizes, -strays), (ends, stray_ends))
+        total += _place(list(zip(*(np.concatenate(column).tolist() for column in columns), strict=True)))
+    return total // LAYOUTS + small_bytes
+
+
+def _divided(buffers: Sequence[Buffer], share: float) -> tuple[list[Buffer], int]:
+    """Return the buffers above a share of the largest, and the most bytes that the others hold at once."""
+    floor = max((b.bytes for b in buffers), default=0) * share
     small = [b for b in buffers if b.bytes <= floor]
-    length = max(b.end for b in buffers)
-    return _place(large) + max(live_bytes(small, length), default=0)
+    length = max((b.end for b in buffers), default=0)
+    return [b for b in buffers if b.bytes > floor], max(live_bytes(small, length), default=0)
 
 
-def _place(buffers: Sequence[Buffer]) -> int:
-    """Place buffers in order of their start, each in the smallest hole below another live one that holds it."""
+def _place(buffers: list[tuple[int, int, int]]) -> int:
+    """Place `(start, -bytes, end)` in their order, each in the smallest hole below another live one that holds it."""
     heap = _Heap()
     ends: list[tuple[int, int, int]] = []
-    for b in buffers:
-        while ends and ends[0][0] < b.start:
+    for start, size, end in sorted(buffers):
+        while ends and ends[0][0] < start:
             _, low, high = heapq.heappop(ends)
             heap.free(low, high)
-        at = heap.take(b.bytes)
-        heapq.heappush(ends, (b.end, at, at + b.bytes))
+        at = heap.take(-size)
+        heapq.heappush(ends, (end, at, at - size))
     return heap.most
 
 

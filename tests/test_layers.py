@@ -170,3 +170,8 @@ def test_steps_without_equal_blocks_are_left_to_the_cut():
     surveyed = Step(closed, TARGET, [Remat()], None, None)
     alone = _search.Search(surveyed, [False, False], _search.plain_rung(surveyed, [False, False]))
     assert _layers._layers(alone) is None
+
+
+def test_where_blocks_hold_nothing_the_next_cut_is_where_nothing_crosses():
+    assert _blocks._necks(np.array([4.0, 0.0, 3.0]), 2, 0, 1, 0.0) == [1]
+    assert _blocks._necks(np.array([4.0, 1.0, 3.0]), 2, 0, 1, 0.0) == []

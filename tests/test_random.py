@@ -90,6 +90,14 @@ def test_keys_stacked_by_a_loop_of_no_trips():
     assert keys.shape == (0,) and keys.dtype == jax.random.key(0).dtype
 
 
+def test_what_jax_cannot_run_is_no_program():
+    dropped, kept = random_programs.make_program(301072), random_programs.make_program(7)
+    assert rewrite_checks.can_run(jax.make_jaxpr(kept.fn)(*kept.args))
+    assert not rewrite_checks.can_run(jax.make_jaxpr(dropped.fn)(*dropped.args))
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jit(dropped.fn).lower(*dropped.args)
+
+
 def test_wrong_types_are_caught():
     def swap_results(closed):
         return jex.ClosedJaxpr(closed.jaxpr.replace(outvars=closed.jaxpr.outvars[::-1]), closed.consts)

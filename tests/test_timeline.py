@@ -7,7 +7,7 @@ from jax import lax
 
 import memopt
 from memopt._timeline import simulate
-from memopt._timeline_heap import Buffer, heap_bytes, live_bytes, without_fast_memory
+from memopt._timeline_heap import Buffer, expected_heap_bytes, heap_bytes, live_bytes, without_fast_memory
 
 NO_LIBRARY_KERNELS = {"xla_cpu_experimental_ynn_fusion_type": ""}
 
@@ -30,6 +30,21 @@ def test_a_hole_between_two_long_lived_buffers_counts():
 
 def test_of_what_one_kernel_makes_the_largest_is_placed_first():
     assert heap_bytes(buffers((10, 0, 9), (40, 0, 1), (41, 2, 9)), share=0) == 50 + 41
+
+
+def test_the_expected_heap_is_the_mean_of_layouts_that_leave_a_hole_or_none():
+    many = [(1000, 4 * i, 4 * i + 1) for i in range(50)]
+    found = buffers(*many, (1010, 203, 260), (900, 100, 260))
+    alive = max(live_bytes(found, 260))
+    expected = expected_heap_bytes(found, 260)
+    assert alive < expected < 2 * alive
+    assert expected == expected_heap_bytes(found, 260)
+
+
+def test_the_expected_heap_of_a_few_small_buffers_is_what_they_hold():
+    assert expected_heap_bytes([], 5) == 0
+    found = buffers((10, 0, 1), (20, 2, 3))
+    assert expected_heap_bytes(found, 3, share=1) == max(live_bytes(found, 3)) == 20
 
 
 def test_short_lived_buffers_stay_in_the_fast_memory():
