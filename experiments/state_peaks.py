@@ -43,6 +43,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("rank", 512, "Of low-rank states.")
     flags.DEFINE_bool("small", False, "Use the small form.")
     flags.DEFINE_bool("tiny", False, "Use the tiny form, to try the script.")
+    flags.DEFINE_list("sizes", [], "Sizes of the model to change, such as width=512,heads=8.")
     flags.DEFINE_string("target", "tpu:v5p:1x1", "What to compile for: a chip on which the plain step fits.")
     flags.DEFINE_string("out_dir", "out/state_peaks", "Folder for the CSV file and the picture.")
 
@@ -82,7 +83,7 @@ def variants(rank: int) -> dict[str, Variant]:
     return made
 
 
-def row_of(name: str, variant: Variant, target: str, step_name: str, **form: bool) -> dict[str, Any]:
+def row_of(name: str, variant: Variant, target: str, step_name: str, **form: Any) -> dict[str, Any]:
     """Return the figures of one variant."""
     import memopt
     from memopt.models import steps
@@ -149,19 +150,22 @@ def main(argv: Sequence[str]) -> int:
     known, folder = variants(values.rank), pathlib.Path(values.out_dir)
     if unknown := [name for name in values.variants if name not in known]:
         raise app.UsageError(f"no variant {unknown[0]!r}: choose from {', '.join(known)}")
-    settings = {key: values[key].value for key in ("step", "rank", "small", "tiny", "target")}
+    settings = {key: values[key].value for key in ("step", "rank", "small", "tiny", "sizes", "target")}
+    form = {"small": values.small, "tiny": values.tiny}
+    form |= {name: int(size) for name, size in (pair.split("=") for pair in values.sizes)}
     cache = _report.Cache(folder / "rows.json", settings)
     for name in values.variants:
         row = cache.get(name)
         if row is None:
-            row = row_of(name, known[name], values.target, values.step, small=values.small, tiny=values.tiny)
+            row = row_of(name, known[name], values.target, values.step, **form)
             cache.put(name, row)
         rows.append(row)
         gc.collect()
         compare(rows)
         _report.write_csv(folder / "state_peaks.csv", rows)
     draw(folder / "state_peaks.png", rows)
-    _report.print_table(COLUMNS, rows, f"{values.step}, compiled for {values.target}", out)
+    sizes = f" with {', '.join(values.sizes)}" if values.sizes else ""
+    _report.print_table(COLUMNS, rows, f"{values.step}{sizes}, compiled for {values.target}", out)
     out.print(f"  made with {_report.environment()}", soft_wrap=True)
     for sentence in misses(rows):
         out.print(f"MISSED: {sentence}", soft_wrap=True)

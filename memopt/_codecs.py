@@ -5,6 +5,7 @@ In: a name, or a codec, which is returned as it is. Out: the codec.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 
 from memopt._codec import Codec
@@ -16,6 +17,8 @@ _ALL = (
     *(Integer(bits, symmetric=s, stochastic=r) for bits in (8, 4, 2) for s in (True, False) for r in (False, True)),
     *(Integer(bits, None) for bits in (8, 4, 2)),
     *(Integer(bits, channels=True) for bits in (8, 4, 2)),
+    *(Integer(bits, down=True) for bits in (8, 4, 2)),
+    *(Float8(e, down=True) for e in (4, 5)),
     *(Float8(e, block) for e in (4, 5) for block in (128, None)),
     *(Dynamic(8, signed) for signed in (True, False)),
     *(Dynamic(4, signed, 128) for signed in (True, False)),
@@ -46,3 +49,14 @@ def codec(name: str | Codec) -> Codec:
 def names() -> list[str]:
     """Return all names, lossy codecs first."""
     return list(_BY_NAME)
+
+
+def lean(one: Codec) -> Codec:
+    """Return a codec whose blocks run down the rows, where it has blocks: XLA fuses what it encodes and decodes.
+
+    Example:
+      >>> lean(codec("int8")).name, lean(codec("int8-token")).name
+      ('int8-down', 'int8-token')
+    """
+    has_blocks = isinstance(one, (Integer, Float8)) and one.block is not None and not one.channels
+    return dataclasses.replace(one, down=True) if has_blocks else one

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 LANES = 128
+#: Rows in a tile of 8-bit numbers.
+TILE_ROWS = 32
 
 
 def is_float(dtype) -> bool:
@@ -54,6 +56,16 @@ def scale_shape(view: tuple[int, ...], block: int | None) -> tuple[int, ...]:
     if count == 1:
         return view[:-1]
     return (*view[:-2], count, view[-2]) if len(view) > 1 else (count,)
+
+
+def rows_of_block(view: tuple[int, ...], block: int) -> int | None:
+    """Return how many rows a block that runs down the second last axis has; None where rows do not divide into tiles.
+
+    It is a multiple of 32, the rows of a tile of bytes, so that taking blocks apart moves nothing on a TPU.
+    """
+    if len(view) < 2 or not view[-2] or view[-2] % TILE_ROWS:
+        return None
+    return max(rows for rows in range(TILE_ROWS, max(block, TILE_ROWS) + 1, TILE_ROWS) if view[-2] % rows == 0)
 
 
 def to_blocks(x: jax.Array, block: int | None) -> jax.Array:

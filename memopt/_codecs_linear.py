@@ -11,6 +11,7 @@ floats Micikevicius et al., "FP8 Formats for Deep Learning", 2022.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,13 @@ class _Scaled(Codec):
 
     block: int | None
     channels: bool
+    down: bool
 
     def __post_init__(self):
         if self.block is not None and self.block < 1:
             raise ValueError(f"A block has at least one element, not {self.block}.")
+        if self.down and (self.block is None or self.channels):
+            raise ValueError("Blocks that run down the rows have a size, and are no whole channels.")
 
     def accepts(self, dtype) -> bool:
         """Take real floating-point arrays."""
@@ -37,27 +41,73 @@ class _Scaled(Codec):
     def _view(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return (tuple(shape) or (1,)) if self.channels else b.view_shape(shape, self.block)
 
+    def _rows(self, view: tuple[int, ...]) -> int | None:
+        """Return the rows of a block that runs down them; None where blocks run along the last axis."""
+        return b.rows_of_block(view, self.block) if self.down else None
+
+    def _width(self, view: tuple[int, ...]) -> int | None:
+        """Return the elements of a block along the last axis; None for whole rows."""
+        return None if self.down and len(view) > 1 else self.block
+
+    def _code_shape(self, view: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the codes before they share bytes: blocks that run down stay apart."""
+        rows = self._rows(view)
+        return view if rows is None else (*view[:-2], view[-2] // rows, rows, view[-1])
+
     def _scale_shape(self, view: tuple[int, ...]) -> tuple[int, ...]:
-        return view[-1:] if self.channels else b.scale_shape(view, self.block)
+        if self._rows(view) is not None:
+            shape = self._code_shape(view)
+            return (*shape[:-2], shape[-1])
+        return view[-1:] if self.channels else b.scale_shape(view, self._width(view))
 
-    def _grouped(self, x: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
-        """Return the array with groups apart, and the axes over which a scale is shared."""
-        return (x, tuple(range(x.ndim - 1))) if self.channels else (b.to_blocks(x, self.block), (x.ndim,))
+    def _grouped(self, x: jax.Array, view: tuple[int, ...]) -> tuple[jax.Array, tuple[int, ...]]:
+        """Return an array with groups apart, in the type in which it is scaled, and the axes that share a scale.
 
-    def _flat(self, grouped: jax.Array, view: tuple[int, ...]) -> jax.Array:
+        Behind a barrier: else XLA takes blocks apart in each operation, and writes their scales out in full.
+        """
+        work = b.work_dtype(x.dtype)
+        if self._rows(view) is not None:
+            grouped = jax.lax.optimization_barrier(x.reshape(self._code_shape(view)))
+            return grouped.astype(work), (len(view) - 1,)
+        x = x.reshape(view).astype(work)
+        return (x, tuple(range(x.ndim - 1))) if self.channels else (b.to_blocks(x, self._width(view)), (x.ndim,))
+
+    def _codes(self, q: jax.Array, view: tuple[int, ...]) -> jax.Array:
+        """Return codes as they are stored, before they share bytes."""
+        if self.channels or self._rows(view) is not None:
+            return q
+        return b.from_blocks(q, view[-1])
+
+    def _blocks(self, codes: jax.Array, view: tuple[int, ...]) -> jax.Array:
+        """Undo `_codes`."""
+        if self.channels or self._rows(view) is not None:
+            return codes
+        return b.to_blocks(codes, self._width(view))
+
+    def _flat(self, grouped: jax.Array, view: tuple[int, ...], dtype: Any) -> jax.Array:
+        """Return a decoded array in its own shape."""
+        if self._rows(view) is not None:
+            whole = jax.lax.optimization_barrier(grouped.astype(dtype)).reshape(view)
+            return jax.lax.optimization_barrier(whole)  # nor may XLA go on in blocks after it
         return grouped if self.channels else b.from_blocks(grouped, view[-1])
 
-    def _store(self, scales: jax.Array) -> jax.Array:
+    def _store(self, scales: jax.Array, view: tuple[int, ...]) -> jax.Array:
+        if self._rows(view) is not None:
+            return scales[..., 0, :]
         return scales.reshape(scales.shape[-1:]) if self.channels else b.store_scales(scales)
 
     def _load(self, stored: jax.Array, view: tuple[int, ...]) -> jax.Array:
+        if self._rows(view) is not None:
+            return stored[..., None, :]
         if self.channels:
             return stored.reshape((1,) * (len(view) - 1) + stored.shape)
-        return b.load_scales(stored, view, self.block)
+        return b.load_scales(stored, view, self._width(view))
 
     def _suffix(self, usual: int) -> str:
         if self.channels:
             return "-channel"
+        if self.down:
+            return "-down" if self.block == usual else f"-down{self.block}"
         return "-token" if self.block is None else "" if self.block == usual else f"-block{self.block}"
 
 
@@ -77,6 +127,9 @@ class Integer(_Scaled):
       symmetric: levels around zero; otherwise from the smallest to the largest value of the block.
       stochastic: round up or down at random, so that the error has mean zero.
       channels: share scales along all axes but the last instead: one for each channel.
+      down: let blocks run down the second last axis, so that each channel of a run of rows has its own scale; XLA:TPU
+        fuses these, and writes out the scales of blocks along the last axis in full. Where rows are no multiple of 32
+        each row is a block.
 
     Example:
       >>> codec = Integer(8)
@@ -89,6 +142,7 @@ class Integer(_Scaled):
     symmetric: bool = True
     stochastic: bool = False
     channels: bool = False
+    down: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -111,7 +165,7 @@ class Integer(_Scaled):
         """Return bytes of codes, a scale a block, and the blocks' smallest values if asymmetric."""
         view, work = self._view(shape), b.work_dtype(dtype)
         scales = [(self._scale_shape(view), work)] * (1 if self.symmetric else 2)
-        return struct(self, shape, dtype, (b.packed_shape(view, self.bits), np.uint8), *scales)
+        return struct(self, shape, dtype, (b.packed_shape(self._code_shape(view), self.bits), np.uint8), *scales)
 
     def _levels(self, special: jax.Array, work) -> tuple[jax.Array, jax.Array]:
         """Return the lowest and the highest code of finite values, where codes start at zero."""
@@ -130,7 +184,7 @@ class Integer(_Scaled):
     def _encode(self, x, key):
         view = self._view(x.shape)
         work = b.work_dtype(x.dtype)
-        grouped, axes = self._grouped(x.reshape(view).astype(work))
+        grouped, axes = self._grouped(x, view)
         low, high, special = b.finite_range(grouped, axes)
         first, last = self._levels(special, work)
         if self.symmetric:
@@ -146,15 +200,14 @@ class Integer(_Scaled):
         q = jnp.clip(q, first, last)
         for code, found in zip(self._specials(), (jnp.isnan, jnp.isposinf, jnp.isneginf), strict=True):
             q = jnp.where(found(grouped), work.type(code), q)
-        codes = b.pack(self._flat(q, view).astype(jnp.uint8), self.bits)
-        scales = (self._store(jnp.where(special, -step, step)),)
-        return codes, scales if self.symmetric else (*scales, self._store(zero))
+        codes = b.pack(self._codes(q, view).astype(jnp.uint8), self.bits)
+        scales = (self._store(jnp.where(special, -step, step), view),)
+        return codes, scales if self.symmetric else (*scales, self._store(zero, view))
 
     def _decode(self, encoded):
         view = self._view(encoded.shape)
         work = b.work_dtype(encoded.dtype)
-        q = b.unpack(encoded.codes, self.bits, view).astype(work)
-        q, _ = self._grouped(q)
+        q = self._blocks(b.unpack(encoded.codes, self.bits, self._code_shape(view)).astype(work), view)
         step = self._load(encoded.scales[0], view)
         special, step = step < 0, jnp.abs(step)
         middle = work.type(2 ** (self.bits - 1) if self.symmetric else 0)
@@ -164,7 +217,7 @@ class Integer(_Scaled):
         value = b.inside(value * 2, encoded.dtype)
         for code, what in zip(self._specials(), (np.nan, np.inf, -np.inf), strict=True):
             value = jnp.where(special & (q == work.type(code)), work.type(what), value)
-        return self._flat(value, view)
+        return self._flat(value, view, encoded.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +232,7 @@ class Float8(_Scaled):
       exponent: bits of the exponent, 4 (e4m3) or 5 (e5m2).
       block: elements that share a scale, along the last axis; None is the whole row.
       channels: share scales along all axes but the last instead.
+      down: let blocks run down the second last axis, as in `Integer`.
 
     Example:
       >>> codec = Float8(4)
@@ -189,6 +243,7 @@ class Float8(_Scaled):
     exponent: int = 4
     block: int | None = 128
     channels: bool = False
+    down: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -212,11 +267,12 @@ class Float8(_Scaled):
     def layout(self, shape, dtype) -> Encoded:
         """Return 8-bit floats and a scale a block."""
         view = self._view(shape)
-        return struct(self, shape, dtype, (view, self._dtype), (self._scale_shape(view), b.work_dtype(dtype)))
+        scales = (self._scale_shape(view), b.work_dtype(dtype))
+        return struct(self, shape, dtype, (self._code_shape(view), self._dtype), scales)
 
     def _encode(self, x, key):
         view, work = self._view(x.shape), b.work_dtype(x.dtype)
-        grouped, axes = self._grouped(x.reshape(view).astype(work))
+        grouped, axes = self._grouped(x, view)
         low, high, special = b.finite_range(grouped, axes)
         top, below = (448.0, 416.0) if self.exponent == 4 else (57344.0, 57344.0)
         most = jnp.where(special, work.type(below), work.type(top))
@@ -224,13 +280,13 @@ class Float8(_Scaled):
         q = jnp.where(jnp.isfinite(grouped), jnp.clip(b.divide(grouped, scale), -most, most), grouped)
         if self.exponent == 4:  # it has no infinities
             q = jnp.where(jnp.isinf(grouped), jnp.sign(grouped) * work.type(top), q)
-        return self._flat(q, view).astype(self._dtype), (self._store(jnp.where(special, -scale, scale)),)
+        return self._codes(q, view).astype(self._dtype), (self._store(jnp.where(special, -scale, scale), view),)
 
     def _decode(self, encoded):
         view, work = self._view(encoded.shape), b.work_dtype(encoded.dtype)
-        q, _ = self._grouped(encoded.codes.astype(work))
+        q = self._blocks(encoded.codes.astype(work), view)
         scale = self._load(encoded.scales[0], view)
         value = jnp.where(jnp.isinf(q), q, b.inside(q * jnp.abs(scale), encoded.dtype))
         if self.exponent == 4:
             value = jnp.where((scale < 0) & (jnp.abs(q) == 448), jnp.sign(q) * work.type(np.inf), value)
-        return self._flat(value, view)
+        return self._flat(value, view, encoded.dtype)

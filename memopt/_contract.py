@@ -50,7 +50,8 @@ class Store:
       name: what the plan calls this form, such as `"int8"`.
       readers: ids of the operations, as the step is written, that the decoded value serves, where it is right for them
         alone (a sketch for a weight gradient, bits for a pooling's); no repeat starts from it. None: all readers.
-      asked: whether the user asked for this form of this value by a scope: then every plan has it.
+      asked: whether the user asked for this form of this value: every plan that keeps the value keeps it so. What a
+        scope asks for is not repeated either.
     """
 
     value: int

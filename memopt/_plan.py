@@ -52,7 +52,7 @@ class Plan:
       predicted_peak_bytes: predicted peak of the planned step.
       budget_bytes: the budget, None where there was none.
       baseline_flops: matmul and convolution FLOPs of the step as written.
-      recompute_flops: such FLOPs that the plan adds.
+      recompute_flops: such FLOPs that the plan adds; negative where kernels skip more than is repeated.
       predicted_overhead: predicted added time as a fraction of the step's (0.05 is 5 %).
       optimality_gap: how much less time a plan within this budget could take at best, as a fraction of the step's, by
         the dual bound of the modelled problem.

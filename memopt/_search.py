@@ -86,7 +86,7 @@ class Search:
         self.cache: dict | None = {} if step.local is None else None  # what the timelines of its plans share
         self.undone_seconds = 0.0
         self.kept = self.score(Choice({}))
-        self.undone_seconds = step.baseline_seconds - step.seconds(self.kept.closed)
+        self.undone_seconds = step.baseline_seconds - step.seconds(step.flat if step.asked else self.kept.closed)
         self.kept.seconds -= self.undone_seconds
         if self.always:
             self.seen.clear()  # what the user asked to run again is run again in every plan
@@ -250,7 +250,7 @@ class Search:
     def score(self, choice: Choice, price: float | None = None) -> Rung:
         """Build and simulate a plan, once; what the user asked to be stored is stored in every one."""
         if self.step.asked:
-            choice = Choice(choice.repeats, dict(sorted({**choice.stores, **self.step.asked}.items())))
+            choice = Choice(choice.repeats, dict(sorted({**choice.stores, **self._asked(choice.repeats)}.items())))
         key = choice.key
         if key not in self.seen:
             chains = _segments.chains(self.survey.graph, choice.repeats)
@@ -266,6 +266,16 @@ class Search:
             timeline.release()
             self.seen[key] = Rung(closed, timeline.peak_bytes, seconds, flops, choice, self.step, price, usage)
         return self.seen[key]
+
+    def _asked(self, repeats: Mapping[int, frozenset[int]]) -> dict[int, Any]:
+        """Return the forms that the user asked for, of values that something reads later from where they are kept."""
+        makers = {v: self.survey.graph.values[v].op for v in self.step.asked}
+        kept = {
+            v
+            for v, place in self.survey.read_later(repeats)
+            if v in makers and (makers[v] is None or makers[v].id not in repeats.get(place, ()))
+        }
+        return {v: store for v, store in self.step.asked.items() if v in kept}
 
     def _seconds(self, choice: Choice, chains: Mapping[tuple[int, int], int] | None = None) -> float:
         regions, graph = self.survey.region_of_bin, self.survey.graph

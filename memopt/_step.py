@@ -105,8 +105,9 @@ class Step:
         self.left = [*self.outcome.left, *(x for x in proposals if isinstance(x, Left))]
         self.stores = self._possible([x for x in proposals if isinstance(x, Store)], never)
         self.asked = {store.value: store for store in self.stores if store.asked}
-        for op in map(self._kept_by_op, self.asked.values()):
-            self.repeatable.pop(op, None)
+        for op in filter(None, map(self._maker, self.asked)):
+            if _scopes.mark_of(self.names.stack(op)) in _scopes.USED:
+                self.repeatable.pop(op.id, None)
         self.always &= set(self.repeatable)
         self._tell_marks()
 

@@ -11,6 +11,7 @@ from memopt.passes.low_rank_state import LowRankState as LowRankState
 from memopt.passes.offload import Offload as Offload
 from memopt.passes.remat import Remat as Remat
 from memopt.passes.shard import Shard as Shard
+from memopt.passes.sketch import Sketch as Sketch
 
 __all__ = [
     "Compress",
@@ -22,6 +23,7 @@ __all__ = [
     "Offload",
     "Remat",
     "Shard",
+    "Sketch",
     "asked_for",
     "default",
 ]

@@ -91,7 +91,8 @@ def later_readers(graph: g.Graph) -> dict[int, set[int]]:
                 if v is None or i in op.mapped:
                     continue
                 item = graph.values[v]
-                if item.region != region.id or (item.op is None or item.op.bin < op.bin):
+                made = region.bins[0] if item.op is None else item.op.bin
+                if item.region != region.id or made < op.bin:
                     readers.setdefault(v, set()).add(op.id)
     return readers
 

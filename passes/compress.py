@@ -36,18 +36,23 @@ class Compress:
       where: `fnmatch` patterns on module paths, a string or a tuple; empty for everything.
       error: largest relative error to allow, that of the codec against the largest magnitude of a block.
       only_marked: only what `@memopt.compress` marks.
+      always: keep in this codec's form whatever a plan keeps of these values, rather than where it pays; for one codec.
 
     Example:
       >>> import memopt
       >>> memopt.passes.Compress("int8", where="*/mlp")
-      Compress(codec=('int8',), where=('*/mlp',), error=1.0, only_marked=False)
+      Compress(codec=('int8',), where=('*/mlp',), error=1.0, only_marked=False, always=False)
 
     Raises:
-      ValueError: there is no such codec, none of them is within `error`, or a pattern matches no module path.
+      ValueError: there is no such codec, none of them is within `error`, `always` has several, or a pattern matches no
+        module path.
 
     Source: Chen et al., "ActNN: Reducing Training Memory Footprint via 2-Bit Activation Compressed Training", ICML 2021
     (per-group asymmetric codes, stochastic rounding); Liu et al., "GACT: Activation Compressed Training for Generic
     Network Architectures", ICML 2022 (one codec for whatever a backward pass reads).
+
+    Blocks of 128 values run down the rows (tokens) of each channel: XLA:TPU fuses these, and wrote the scales of blocks
+    along the channels out in full. Where rows are no multiple of 32, each row is a block.
 
     Limits: integers and bools stay as they are (`Lossless` takes them), and so does what is inside a `shard_map`. An
     operation that JAX did not mark as transposed, such as a gradient written by hand, counts as forward.
@@ -57,6 +62,7 @@ class Compress:
     where: str | tuple[str, ...] = ()
     error: float = 1.0
     only_marked: bool = False
+    always: bool = False
 
     def __post_init__(self):
         codecs = (self.codec,) if isinstance(self.codec, (str, Codec)) else tuple(self.codec)
@@ -66,6 +72,9 @@ class Compress:
         if not self.codecs:
             least = min(_codecs.codec(one).error for one in codecs)
             raise ValueError(f"No codec of {codecs} has an error of at most {self.error:g}: the smallest is {least:g}.")
+
+        if self.always and len(codecs) != 1:
+            raise ValueError(f"Everything is kept in one codec's form, not in several: {codecs}.")
 
     @property
     def name(self) -> str:
@@ -84,7 +93,7 @@ class Compress:
             for codec in self.codecs if one.lossy_readers else ():
                 asked = one.mark == f"compress.{codec.name}"
                 if codec.accepts(one.aval.dtype) and (asked or not (self.only_marked or one.value in small)):
-                    yield from _coded(survey, one, codec, asked)
+                    yield from _coded(survey, one, codec, asked or self.always)
 
 
 def _small(survey: Survey) -> set[int]:
@@ -99,10 +108,9 @@ def _small(survey: Survey) -> set[int]:
 
 
 def _coded(survey: Survey, one: _residuals.Residual, codec: Codec, asked: bool) -> Iterator[Store]:
-    layout = codec.layout(one.aval.shape, one.aval.dtype)
+    form = _codecs.lean(codec)
+    layout = form.layout(one.aval.shape, one.aval.dtype)
     size = sum(survey.bytes_of(leaf) for leaf in (layout.codes, *layout.scales))
     if size < one.bytes:
         seconds = _residuals.move_seconds(survey, size, one.bytes)
-        yield Store(
-            one.value, seconds, size, codec.encode, codec.decode, error=codec.error, name=codec.name, asked=asked
-        )
+        yield Store(one.value, seconds, size, form.encode, form.decode, error=form.error, name=codec.name, asked=asked)

@@ -99,6 +99,7 @@ def fuse(closed: Any) -> tuple[Any | None, list[tuple[_pairs.Loop, list[Any]]], 
 
 
 def _fuse(jaxpr: Any, moved: list, left: list[Left]) -> Any:
+    jaxpr = _untied(jaxpr)
     done: set[int] = set()
     while True:
         places = [i for i, e in enumerate(jaxpr.eqns) if e.primitive.name == "scan" and id(e) not in done]
@@ -118,6 +119,31 @@ def _fuse(jaxpr: Any, moved: list, left: list[Left]) -> Any:
             moved.append((found.loop, [found.loop.ys[i].aval for i in found.sources]))
             jaxpr, eqn = _Builder(jaxpr, place, found, pairs).build()
         done.add(id(eqn))
+
+
+def _untied(jaxpr: Any) -> Any:
+    """Return an open jaxpr in which barriers hold no stacks of layers: stacks that wait for each other cannot move.
+
+    Optimizers with encoded state tie leaves so; layer by layer, what one of them needs in full precision is small.
+    """
+    lengths = {e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"}
+    renamed: dict[Any, Any] = {}
+    eqns = []
+    for eqn in jaxpr.eqns:
+        if any(not isinstance(v, c.Literal) and v in renamed for v in eqn.invars):
+            eqn = c.replace_eqn(eqn, invars=[v if isinstance(v, c.Literal) else renamed.get(v, v) for v in eqn.invars])
+        if eqn.primitive is c.optimization_barrier_p:
+            pairs = list(zip(eqn.invars, eqn.outvars, strict=True))
+            kept = [(a, b) for a, b in pairs if not a.aval.shape or a.aval.shape[0] not in lengths]
+            renamed.update((b, a) for a, b in pairs if (a, b) not in kept)
+            if len(kept) < len(pairs):
+                eqn = c.replace_eqn(eqn, invars=[a for a, _ in kept], outvars=[b for _, b in kept]) if kept else None
+        if eqn is not None:
+            eqns.append(eqn)
+    if not renamed:
+        return jaxpr
+    outvars = [v if isinstance(v, c.Literal) else renamed.get(v, v) for v in jaxpr.outvars]
+    return c.rebuild(jaxpr, eqns=eqns, outvars=outvars)
 
 
 def _pairs_of(jaxpr: Any, found: _stacks.Region) -> dict[Any, Any]:

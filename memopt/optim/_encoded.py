@@ -94,7 +94,7 @@ def scale_by_encoded_adam(stores: Stores, b1: Any, b2: Any, eps: Any) -> optax.G
     def update_leaf(leaf, gradient, state, count):
         return encoded_adam_leaf(leaf, gradient, state, count, b1, b2, eps)
 
-    return per_leaf(init_leaf, update_leaf)
+    return per_leaf(init_leaf, update_leaf, stores.encodes)
 
 
 def scale_by_encoded_momentum(stores: Stores, momentum: Any, nesterov: bool) -> optax.GradientTransformationExtraArgs:
@@ -109,7 +109,7 @@ def scale_by_encoded_momentum(stores: Stores, momentum: Any, nesterov: bool) -> 
         trace = momentum * load(state, gradient.dtype) + gradient
         return (gradient + momentum * trace if nesterov else trace), save(trace, state)
 
-    return per_leaf(init_leaf, update_leaf)
+    return per_leaf(init_leaf, update_leaf, stores.encodes)
 
 
 def scale_by_encoded_lion(stores: Stores, b1: Any, b2: Any) -> optax.GradientTransformationExtraArgs:
@@ -124,4 +124,4 @@ def scale_by_encoded_lion(stores: Stores, b1: Any, b2: Any) -> optax.GradientTra
         mu = load(state, gradient.dtype)
         return jnp.sign(decay(mu, gradient, b1)), save(decay(mu, gradient, b2), state)
 
-    return per_leaf(init_leaf, update_leaf)
+    return per_leaf(init_leaf, update_leaf, stores.encodes)

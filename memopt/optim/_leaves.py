@@ -147,13 +147,17 @@ InitLeaf = Callable[[Leaf, Any], Any]
 UpdateLeaf = Callable[[Leaf, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 
 
-def per_leaf(init_leaf: InitLeaf, update_leaf: UpdateLeaf) -> optax.GradientTransformationExtraArgs:
+def per_leaf(
+    init_leaf: InitLeaf, update_leaf: UpdateLeaf, in_turn: Callable[[Leaf], bool] | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Make an optax transformation of two functions on one leaf.
 
     Args:
       init_leaf: `(leaf, parameter) -> state`, the state any tree of arrays.
       update_leaf: `(leaf, gradient, state, count) -> (update, state)`, the count of this update being 1 at first. The
         update is cast to the gradient's dtype.
+      in_turn: says which leaves wait for each other, so that what one needs in full precision is gone before the next
+        is begun; None: no leaf does.
     """
 
     def init(params):
@@ -166,10 +170,19 @@ def per_leaf(init_leaf: InitLeaf, update_leaf: UpdateLeaf) -> optax.GradientTran
         count = optax.safe_increment(state.count)
         leaves, values, treedef = describe(updates)
         states = [state_of(state.leaves, leaf) for leaf in leaves]
-        pairs = [update_leaf(*parts, count) for parts in zip(leaves, values, states, strict=True)]
-        new = [pair[0].astype(leaf.dtype) for pair, leaf in zip(pairs, leaves, strict=True)]
-        states = {leaf.path: pair[1] for pair, leaf in zip(pairs, leaves, strict=True)}
-        return treedef.unflatten(new), PerLeafState(count, states)
+        done: list[Any] = []
+        last = None  # the number of the last leaf that went in turn
+        for number, (leaf, value, old) in enumerate(zip(leaves, values, states, strict=True)):
+            if in_turn is not None and in_turn(leaf):
+                before = () if last is None else done[last]
+                value, old, before = jax.lax.optimization_barrier((value, old, before))
+                if last is not None:
+                    done[last] = before
+                last = number
+            new, kept = update_leaf(leaf, value, old, count)
+            done.append((new.astype(leaf.dtype), kept))
+        states = {leaf.path: pair[1] for pair, leaf in zip(done, leaves, strict=True)}
+        return treedef.unflatten([pair[0] for pair in done]), PerLeafState(count, states)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

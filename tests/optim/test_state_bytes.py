@@ -110,3 +110,13 @@ def test_encoded_state_is_updated_in_place():
     state = jax.eval_shape(optimizer.init, params)
     memory = jax.jit(optimizer.update, donate_argnums=1).lower(params, state).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= state_bytes(optimizer, params)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "adamw_4bit", "lion_8bit"])
+def test_encoded_leaves_are_in_full_precision_one_after_another(name):
+    optimizer = getattr(optim, name)(0.1, min_size=32)
+    params = {name: jnp.ones((8, 128)) for name in ("a", "b", "c")} | {"bias": jnp.ones(3)}
+    traced = jax.make_jaxpr(optimizer.update)(params, optimizer.init(params), params)
+    barriers = [e for e in traced.jaxpr.eqns if e.primitive is jax.lax.optimization_barrier_p]
+    first, second, third = (len(e.invars) for e in barriers)
+    assert second == third == 2 * first > 4  # a gradient with codes and scales; then an update and its state as well

@@ -314,8 +314,10 @@ def test_the_kernels_compile_for_tpus_with_no_scores_in_memory(target, shape, se
     memory = memopt.measure(step, *arguments, target=target)
     batch, queries, keys, heads = shape[:4]
     assert memory.fits
-    assert memory.peak_bytes - memory.argument_bytes < memory.argument_bytes * 6 + batch * heads * queries * 64 * 4
-    assert memory.temp_bytes < max(batch * heads * queries * keys * 4, 32 * 2**20)
+    padding = 64 * 2**20  # of short sequences and narrow heads to whole blocks and lanes
+    rows = batch * heads * queries * 64 * 4
+    assert memory.peak_bytes - memory.argument_bytes < memory.argument_bytes * 6 + rows + padding
+    assert memory.temp_bytes < max(batch * heads * queries * keys * 4, padding)
 
 
 CUDA = [pytest.param(*row, marks=[] if row[0] in ("GPT-2", "packed") else [pytest.mark.slow], id=row[0]) for row in AOT]

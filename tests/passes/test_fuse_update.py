@@ -159,6 +159,19 @@ def test_a_training_loop_around_the_step_is_fused_inside(x64):
     assert_close(fused(state, batches), jax.jit(epoch)(state, batches))
 
 
+@pytest.mark.loose_promotion
+def test_encoded_leaves_that_wait_for_each_other_are_fused():
+    optimizer = memopt.optim.adamw_8bit(0.1, min_size=4)
+    step, (state, batch) = step_with(optimizer), start(optimizer, jnp.float32, width=128)
+    new, moved, _ = fuse(flat(step, state, batch))
+    c.check(new)
+    barriers = [e for e in c.open_jaxpr(new).eqns if e.primitive is c.optimization_barrier_p]
+    assert [len(avals) for _, avals in moved] == [2]
+    assert barriers and all(v.aval.shape[:1] != (LAYERS,) for e in barriers for v in e.invars)
+    fused = memopt.optimize(step, passes=[Anywhere()])
+    assert_close(run(fused, state, batch, 1)[1], run(jax.jit(step), state, batch, 1)[1], 1e-5)
+
+
 def test_a_step_without_loops_says_so():
     def step(w, x):
         return w - jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w)))(w)

@@ -12,7 +12,7 @@ from memopt import _apply, _bounds, _forms
 from memopt import _compat as c
 from memopt._planner import make_ladder
 from memopt._target import Target
-from memopt.passes import Compress, Lossless, Offload, default
+from memopt.passes import Compress, Lossless, Offload, Remat, default
 from tests import eager, forced
 
 CPU = Target.parse("cpu")
@@ -145,7 +145,7 @@ def test_lossless_compiles_to_less(layer):
 
 
 def test_the_default_passes_are_exact():
-    assert all(p.name in ("remat", "lossless", "kernels") for p in default())
+    assert all(p.name in ("remat", "lossless", "Kernels") for p in default())
 
 
 @pytest.mark.parametrize("codec", ["int8", "int4-asymmetric-stochastic", "fp8-e4m3"])
@@ -186,6 +186,19 @@ def test_compress_takes_what_where_names():
     with pytest.raises(ValueError, match="the smallest is 0.0714"):
         Compress("int4", error=1e-3)
     assert Compress(("int8", "int4"), error=0.01).codecs == Compress("int8").codecs
+
+
+def test_always_keeps_in_the_codec_whatever_a_plan_keeps():
+    closed = trace(scanned(gelu), arguments())
+    ladder = make_ladder(closed, donated=[False] * 2, target=CPU, passes=[Remat(), Compress("int8", always=True)])
+    assert len(ladder.rungs) > 1
+    for rung in ladder.rungs[1:]:
+        first = next(e for e in c.open_jaxpr(rung.closed).eqns if e.primitive.name == "scan")
+        stacks = [v.aval for v in first.outvars if not isinstance(v, c.DropVar) and v.aval.shape[:1] == (DEPTH,)]
+        assert not [a for a in stacks if a.dtype == np.float32 and a.size >= DEPTH * ROWS * WIDTH]
+        assert all(store.name == "int8" for store in rung.choice.stores.values())
+    with pytest.raises(ValueError, match="not in several"):
+        Compress(("int8", "int4"), always=True)
 
 
 def test_integers_and_forward_values_are_left_alone():

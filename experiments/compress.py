@@ -1,0 +1,125 @@
+"""Residuals in few bits against the best plan that only repeats, at the same repeated FLOPs, compiled for a TPU.
+
+In: flags; scanned reference steps as shapes. Out: a row for the plan of `Remat` alone with the smallest predicted peak
+within a share of the step's FLOPs, and one for each codec, which keeps whatever such a plan keeps in that codec's form:
+residual bytes (the stacks that forward loops hand to backward ones, scales and padding included), compiled
+temporaries, and how much of the saved residual bytes they fall by. A table and a CSV file.
+
+    python experiments/compress.py --steps=gpt2:scan --small
+"""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import _report
+from absl import app, flags
+
+COLUMNS = (
+    _report.Column("step", "step"),
+    _report.Column("row", "row"),
+    _report.Column("recompute_flops", "repeated", "flops"),
+    _report.Column("residual_bytes", "residuals", "bytes"),
+    _report.Column("residual_share", "of Remat's", "percent"),
+    _report.Column("temp_bytes", "temporaries", "bytes"),
+    _report.Column("fall_share", "fell, of what is saved", "percent"),
+    _report.Column("predicted_peak_bytes", "predicted peak", "bytes"),
+    _report.Column("peak_bytes", "compiled peak", "bytes"),
+)
+
+
+def define_flags() -> None:
+    """Define the flags; called when this file runs as a script, never at import."""
+    flags.DEFINE_list("steps", ["gpt2:scan"], "Scanned reference steps, as name or name:layers.")
+    flags.DEFINE_list("codecs", ["int8", "int4"], "Codecs, as memopt.passes.Compress takes them.")
+    flags.DEFINE_float("flops", 0.05, "Repeated FLOPs to allow, as a share of the step's.")
+    flags.DEFINE_bool("small", False, "Use the small forms.")
+    flags.DEFINE_bool("tiny", False, "Use the tiny forms, to try the script.")
+    flags.DEFINE_bool("compile", True, "Compile; otherwise predictions alone.")
+    flags.DEFINE_string("target", "tpu:v5e:1x1", "What to compile for.")
+    flags.DEFINE_string("out_dir", "out/compress", "Folder for rows and the CSV file.")
+
+
+def stacked_bytes(closed: Any) -> int:
+    """Return the bytes of the results that forward loops stack and backward loops read one after another."""
+    jaxpr = getattr(closed, "jaxpr", closed)
+    read = {v for eqn in jaxpr.eqns if eqn.params.get("reverse") for v in eqn.invars if not hasattr(v, "val")}
+    loops = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "scan" and not eqn.params["reverse"]]
+    found = [v.aval for eqn in loops for v in eqn.outvars if v in read]
+    length = {eqn.params["length"] for eqn in loops}
+    return sum(aval.size * aval.dtype.itemsize for aval in found if aval.shape and aval.shape[0] in length)
+
+
+def row(built: tuple, passes: Sequence[Any], target: str, most_flops: float, compiles: bool) -> dict[str, Any]:
+    """Plan by these passes, with the smallest predicted peak within these FLOPs, and compile."""
+    import memopt
+
+    step, args, options = built
+    common = dict(target=target, passes=list(passes), verify=False, **options)
+    points = memopt.optimize(step, budget="100%", **common).frontier(*args)[1:]
+    least = min((p for p in points if p.recompute_flops <= most_flops), key=lambda p: p.peak_bytes)
+    planned = memopt.optimize(step, budget=least.peak_bytes, **common)
+    plan = planned.plan(*args)
+    found = {
+        "recompute_flops": plan.recompute_flops,
+        "baseline_flops": plan.baseline_flops,
+        "predicted_peak_bytes": plan.predicted_peak_bytes,
+        "residual_bytes": stacked_bytes(planned.trace(*args).jaxpr),
+    }
+    if compiles:
+        memory = planned.measure(*args)
+        found |= {key: getattr(memory, key) for key in ("temp_bytes", "peak_bytes", "xla_remat_ops", "compile_seconds")}
+    return found
+
+
+def compared(base: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Return a row with its residual bytes as a share, and by how much of what it saves temporaries fell."""
+    saved = base["residual_bytes"] - found["residual_bytes"]
+    out = found | {"residual_share": found["residual_bytes"] / base["residual_bytes"]}
+    if saved > 0 and found.get("temp_bytes") is not None and base.get("temp_bytes") is not None:
+        out["fall_share"] = (base["temp_bytes"] - found["temp_bytes"]) / saved
+    return out
+
+
+def main(argv: Sequence[str]) -> int:
+    """Plan and compile every row, then print and write all."""
+    import jax
+
+    import memopt
+    from memopt.models import steps
+
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: every setting is a flag, see --help")
+    values, rows = flags.FLAGS, []
+    form = "tiny" if values.tiny else "small" if values.small else "full"
+    folder = pathlib.Path(values.out_dir)
+    settings = {"form": form, "target": values.target, "flops": values.flops, "compile": values.compile}
+    cache = _report.Cache(folder / "rows.json", settings | {"made with": _report.environment(commit=False)})
+    for name in values.steps:
+        family, _, layers = name.partition(":")
+        built = steps.reference_step(family, layers=layers or None, small=values.small, tiny=values.tiny)
+        base = None
+        for codec in ("", *values.codecs):
+            key = f"{name}|{codec}"
+            if cache.get(key) is None:
+                _report.console().print(f"{name}: {codec or 'Remat alone'} ...")
+                passes = [memopt.passes.Remat(), *([memopt.passes.Compress(codec, always=True)] if codec else [])]
+                if base is None:
+                    plain = jax.jit(built[0]).trace(*built[1]).jaxpr
+                    most = values.flops * memopt.matmul_flops(plain)
+                else:
+                    most = base["recompute_flops"]
+                found = row(built, passes, values.target, most, values.compile)
+                cache.put(key, {"step": name, "row": codec or "Remat"} | found)
+            found = cache.get(key)
+            base = found if base is None else base
+            rows.append(compared(base, found))
+            _report.write_csv(folder / "compress.csv", rows)
+    _report.print_table(COLUMNS, rows, f"Residuals in few bits, compiled for {values.target}, {form} forms")
+    _report.console().print(f"  made with {_report.environment()}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
