@@ -102,9 +102,8 @@ def test_plans_in_between_appear():
     closed = mlp(8)
     whole, parts = rungs(closed), rungs(_divide.divide(closed, 0, 4))
     assert len(parts) > len(whole)
-    wide = max(zip(whole, whole[1:], strict=False), key=lambda gap: gap[0] - gap[1])
-    margin = (wide[0] - wide[1]) / 4
-    assert any(wide[1] + margin < peak < wide[0] - margin for peak in parts)
+    gaps = [(low, high, (high - low) / 4) for high, low in zip(whole, whole[1:], strict=False)]
+    assert any(low + margin < peak < high - margin for low, high, margin in gaps[1:] for peak in parts)
 
 
 def test_a_variant_divides():
