@@ -26,8 +26,9 @@ logger = logging.getLogger("memopt")
 REPLANS = 3
 #: A smallest predicted peak up to this much over the budget is still compiled: predictions may be that far off.
 _PREDICTION_SLACK = 1.15
-#: A plan predicted up to this much over the budget is compiled first where it repeats less, by this share of the step.
-_NEAR, _WORTH = 1.01, 0.0025
+#: A plan predicted up to this much over the budget is compiled first where it repeats less, by this share of the step;
+#: so many of them are tried.
+_NEAR, _WORTH, _HOPES = 1.015, 0.0025, 2
 _LISTED = 8
 
 
@@ -97,14 +98,17 @@ def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stag
         BudgetError: the compiled peak of each rung tried is over the budget.
     """
     reasons: list[str] = []
+    attempts = hopes = 0
     try:
-        chosen, program.index = program.index, _hopeful(program)
-        for attempt in range(0 if program.index == chosen else -1, REPLANS + 1):
+        while True:
+            chosen, program.index = program.index, _hopeful(program) if hopes < _HOPES else program.index
+            hopeful = program.index != chosen
             compiled, memory = compile_rung(program, args, kwargs)
             if _fits(program, memory):
                 break
             reasons.append(f"{format_bytes(memory.peak_bytes)} compiled was over")
-            program.index = _next_choice(program, attempt)
+            program.index = _next_choice(program, -1 if hopeful else attempts)
+            hopes, attempts = hopes + hopeful, attempts + (not hopeful)
     except BudgetError:
         _forget(program)
         raise
@@ -116,7 +120,7 @@ def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stag
 def _hopeful(program: Program) -> int | None:
     """Return the rung to compile first: the chosen one, or one that repeats less and is predicted just over the budget.
 
-    Predictions are means: a plan predicted so far over the budget fits about as often as not, and it is run many times.
+    Predictions are means: a plan predicted a little over the budget often fits, and it is run many times.
     """
     index, budget = program.index, program.budget_bytes
     if index is None or budget is None:

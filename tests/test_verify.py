@@ -128,6 +128,14 @@ def test_a_plan_just_over_the_budget_is_compiled_first_where_it_repeats_less(use
     assert program_of(step).index == tried[-1]
 
 
+def test_two_plans_just_over_the_budget_are_tried_at_most(use):
+    over = [(shuffled(i), int((1.012 - 0.002 * i) * SMALL_BYTES), 1.0 * i) for i in range(4)]
+    use((None, 2 * PLAIN_BYTES), *over, (SMALL_STEP, SMALL_BYTES, 9.0))
+    step = optimize(STEP, budget=SMALL_BYTES)
+    step(W, X)
+    assert sorted(program_of(step).measured) == [1, 2, 5]
+
+
 def test_a_plan_just_over_the_budget_that_misses_costs_no_attempt(use):
     budget_bytes = PLAIN_BYTES - 1
     others = [(shuffled(i), budget_bytes - i, 1.0) for i in range(3)]
