@@ -243,6 +243,14 @@ def dce(jaxpr: Any, used: Sequence[bool] | None = None) -> tuple[Any, list[bool]
     return _pe.dce_jaxpr(base, used, instantiate=True)
 
 
+def lowered(closed: Any) -> Any:
+    """Return an equal closed jaxpr without what JAX 0.12 lowers itself before it compiles (`searchsorted` is such)."""
+    base, lower = open_jaxpr(closed), getattr(_pe, "lower_jaxpr2", None)
+    if lower is None or not getattr(base, "is_high", False):
+        return closed
+    return closed if any(v.aval.is_high for v in (*base.invars, *base.outvars)) else lower(closed)
+
+
 def without_dead(jaxpr: Any) -> Any:
     """Return an open jaxpr without what no output and no effect needs, as `dce` does; quick where little is dead.
 

@@ -32,7 +32,7 @@ def inline(closed: Any, *, respect_checkpoint: bool = False) -> Any:
     Returns:
       A closed jaxpr with the same inputs and outputs; constants of inlined calls are appended to its own.
     """
-    return _Inliner(respect_checkpoint, {}).closed(closed)
+    return _Inliner(respect_checkpoint, {}).closed(c.lowered(closed))
 
 
 def _plain_jit(params: dict[str, Any]) -> bool:

@@ -262,7 +262,8 @@ class Sampled(_Rows):
         kept = jnp.argmin(left / (self.rank - slots).astype(jnp.float32)).astype(jnp.int32)
         rest = left[kept]
         drawn = before[kept] + jax.random.uniform(key, (self.rank,), jnp.float32) * rest
-        drawn = jnp.searchsorted(reached, drawn, side="right").astype(jnp.int32)
+        # A comparison of all with all, which fuses: JAX 0.12's searchsorted cannot be lowered from within a jaxpr.
+        drawn = jnp.sum(reached[:, None] <= drawn[None], axis=0, dtype=jnp.int32)
         place = jnp.where(slots < kept, slots, jnp.clip(drawn, kept, self.rows - 1))
         scaled = rest / ((self.rank - kept).astype(jnp.float32) * chance[place])
         return order[place], jnp.where(slots < kept, jnp.float32(1), scaled)

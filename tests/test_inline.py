@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import memopt
 from memopt import _compat as c
 from memopt import _inline
 
@@ -110,3 +111,22 @@ def test_equations_with_a_user_line_keep_it_under_a_call():
     flat = _inline.inline(jax.make_jaxpr(jax.jit(layer))(X))
     (line,) = {c.user_source(eqn).split(":")[1] for eqn in c.open_jaxpr(flat).eqns}
     assert line == str(layer.__code__.co_firstlineno + 1)
+
+
+def test_what_jax_lowers_itself_is_lowered_inside_loops():
+    def loss(w, x):
+        def body(c, _):
+            place = jnp.searchsorted(jnp.linspace(-1.0, 1.0, 64), c[:, 0])
+            return jnp.tanh(c @ w) * (1.0 + place[:, None].astype(c.dtype) / 64), None
+
+        return jax.lax.scan(body, x, None, length=4)[0].sum()
+
+    def step(w, x):
+        value, grads = jax.value_and_grad(loss)(w, x)
+        return w - grads, value
+
+    w, x = jnp.full((64, 64), 0.01), jnp.ones((256, 64))
+    planned = memopt.optimize(step, budget="95%", verify=False)
+    for got, expected in zip(planned(w, x), jax.jit(step)(w, x), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert "call_hi_primitive" not in primitives(planned.trace(w, x).jaxpr)
