@@ -27,7 +27,7 @@ from memopt._network import Choice
 _BOUNDS, _LEAST_BOUNDS, _BUILT = 16, 8, 30_000  # bounds tried, and operations of the step times bounds
 _SLACK = 1.005  # a bound may be passed by this much: what a block holds is known about so well
 _DENSE = 0.5  # of the median over the matmuls of the blocks
-_LONG = 2000  # operations of a step from which fewer plans with a last block of its own are tried
+LONG = 2000  # operations of a step from which fewer plans are tried
 _STATES = 300  # partial plans kept at each block
 _LEAST_BLOCKS = 3
 
@@ -46,7 +46,7 @@ def plan(search: Any) -> bool:
     table = _Table(search, layers)
     bounds = table.bounds(max(_LEAST_BOUNDS, min(_BOUNDS, _BUILT // len(search.survey.graph.ops))))
     found = [levels for bound in bounds if (levels := table.cheapest(bound)) is not None]
-    frugal = 1 if len(search.survey.graph.ops) > _LONG else 2
+    frugal = 1 if len(search.survey.graph.ops) > LONG else 2
     for levels in dict.fromkeys([*found, *_last_alone(table, frugal)]):
         search.score(layers.choice([table.kept[k] for k in levels]))
     return True

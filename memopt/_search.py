@@ -23,7 +23,6 @@ from memopt._usage import usage_of
 
 _HOT = 0.5  # segments that hold less than this share of the peak's temporaries cannot bind
 _SWEEP = tuple(np.geomspace(5e-4, 2.0, 9))  # prices tried, in units of the step's seconds per byte of its temporaries
-_LONG = 2000  # operations of a step from which every other one of them is tried
 _REFINEMENTS = 6  # prices tried between two of these
 _KEPT = 1e9  # what the cost of repeating is multiplied by, of what a plan must keep
 _NARROW = 0.004  # gaps between neighbours below this share of the smaller peak are not filled
@@ -127,7 +126,7 @@ class Search:
         Between two neighbours the price at which both cost the same is tried next, where the gap is largest.
         """
         weights = self.weights
-        prices = _SWEEP[::2] if len(self.survey.graph.ops) > _LONG else _SWEEP
+        prices = _SWEEP[::2] if len(self.survey.graph.ops) > _layers.LONG else _SWEEP
         found = {p: self._at(p * self.unit, weights) for p in prices}
         span = max(r.predicted_peak_bytes for r in found.values()) - min(r.predicted_peak_bytes for r in found.values())
         for _ in range(_REFINEMENTS):

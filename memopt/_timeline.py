@@ -27,6 +27,7 @@ FAST_MEMORY_BYTES = {"v5e": 72 * MIB, "v6e": 40 * MIB, "v5p": 24 * MIB}
 #: XLA:TPU starts every buffer, however small, on a multiple of this.
 SMALL_BUFFER_BYTES = 16 * 1024
 SMALL_BUFFERS = 10_000
+
 __all__ = ["Live", "Timeline", "simulate"]
 
 
