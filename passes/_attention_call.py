@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,8 @@ from memopt.passes._match_dims import Atom, region_between
 @dataclasses.dataclass
 class Call:
     """A replacement: the form of the kernel, its settings, and which masks are still arrays."""
+
+    keeps_result: ClassVar[bool] = True  # whether the backward function takes the results of the forward one
 
     found: Found
     form: api.Form
