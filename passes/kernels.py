@@ -78,7 +78,7 @@ class Kernels:
 
     def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
         """Return the step with every proven attention replaced, or None where there is none and nothing to say."""
-        platform = "cpu" if context.shardings is not None else getattr(context.target, "platform", "cpu")
+        platform = "cpu" if context.partitioned else getattr(context.target, "platform", "cpu")
         work = _Work(platform, self)
         base = work.level(c.open_jaxpr(closed))
         if not work.rows and not work.left:
