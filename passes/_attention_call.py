@@ -8,6 +8,7 @@ a causal or a windowed one. It knows jaxprs only through the space.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from memopt import _compat as c
+from memopt._plan import Decision
 from memopt.pallas_kernels._dtypes import wide
 from memopt.pallas_kernels.attention import api, reference
 from memopt.pallas_kernels.attention.spec import Extras, Spec
@@ -34,6 +36,18 @@ class Call:
     spec: Spec
     masks: list[tuple[int, bool]]
     note: str
+    code: Any = api  # has `forward` and `backward` as the kernels' `api` has them
+
+    @property
+    def node(self) -> Node:
+        """The node that makes the forward result."""
+        return self.found.out
+
+    def row(self, number: int) -> Decision:
+        """Return the plan's row of this replacement."""
+        spec = self.spec
+        kind = "causal" if spec.causal and spec.offset == 0 else "masked" if spec.hides or self.masks else "full"
+        return exchanged(self.found.softmax.eqn, self.found.grads, "attention", number, f"{kind} attention", self.note)
 
     @property
     def operands(self) -> list[int]:
@@ -44,7 +58,7 @@ class Call:
     def forward(self, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the second product's result, as the plain step has it, and the log-sum-exp."""
         q, k, v, bias, extras = self._arguments(arrays)
-        out, lse = api.forward(self.form, self.spec, q, k, v, bias, extras)
+        out, lse = self.code.forward(self.form, self.spec, q, k, v, bias, extras)
         if self._mean_rows(extras):
             out = api.mean_where_masked(self.spec, out, v, extras)
         node = self.found.out
@@ -63,7 +77,7 @@ class Call:
             _, pull = jax.vjp(lambda v: api.mean_where_masked(self.spec, jax.lax.stop_gradient(out), v, extras), v)
             (more_v,) = pull(cotangent)
             cotangent = jnp.where(some, cotangent, jnp.zeros_like(cotangent))
-        dq, dk, dv, _ = api.backward(self.form, self.spec, q, k, v, bias, extras, out, lse, cotangent)
+        dq, dk, dv, _ = self.code.backward(self.form, self.spec, q, k, v, bias, extras, out, lse, cotangent)
         dv = dv if more_v is None else dv + more_v
         made = {"q": dq, "k": dk, "v": dv}
         return [self._plain(name, node.outs[0], made[name]) for name, node in self.found.grads.items()]
@@ -110,6 +124,14 @@ class Call:
         x = x.reshape([a.size for a in atoms])
         place = {id(a): i for i, a in enumerate(atoms)}
         return x.transpose([place[id(a)] for a in want]).reshape(aval.shape).astype(aval.dtype)
+
+
+def exchanged(eqn: Any, grads: Any, name: str, number: int, what: str, note: str) -> Decision:
+    """Return the plan's row of a replacement: `eqn` makes the large value that does not exist any more."""
+    aval, module = eqn.outvars[0].aval, str(c.name_stack(eqn))
+    size = math.prod(aval.shape) * aval.dtype.itemsize
+    reason = f"{what}, {'forward and backward' if grads else 'forward'}, equal on random inputs; {note}"
+    return Decision(f"{module}/{name}.{number}".lstrip("/"), module, c.user_source(eqn), size, "kernel", reason)
 
 
 def _partly(axis: Sequence[Atom], place: dict[int, int]) -> bool:

@@ -22,6 +22,7 @@ from memopt._survey import Survey
 from memopt._target import Target
 from memopt.passes import (
     _shard_apply,
+    _shard_attention,
     _shard_auto,
     _shard_cost,
     _shard_flow,
@@ -50,11 +51,15 @@ class Shard:
         split), `"zero1"` (and the moments), `"zero2"` (and the gradients), `"zero3"` (and the parameters),
         `"hierarchical"` (parameters and gradients over the last data axis, moments over all), `"tensor"` (features, in
         columns and rows, the vocabulary among them), `"sequence"` (the sequence, between the parts of `"tensor"`),
-        `"context"` (the sequence everywhere; keys and values are brought together for attention). In a string,
+        `"context"` (the sequence everywhere, in attention too: see `attention`). In a string,
         axes named `model`, `tensor` or `context` go to these parts, else the last ones; all others are for data.
         `"auto"` takes the mesh's devices, not its axes, and searches over strategies and mesh shapes: the quickest
         predicted one (collectives on the mesh's links, and what the cut repeats) among those that fit the device.
       least_elements: smaller leaves are not split for storage.
+      attention: how attention sees the other parts of a sequence that `"context"` splits. `"ring"`: keys and values
+        pass by, partial results are merged exactly; `"ulysses"`: an all-to-all splits heads instead of the sequence
+        for the time of the attention; `"gather"`: XLA brings keys and values together. Attention that the first two
+        cannot take (array masks, biases) is left to the third, and the plan says so.
 
     Raises:
       TypeError: `mesh` is none.
@@ -68,13 +73,14 @@ class Shard:
 
     Source: Rajbhandari et al., "ZeRO", SC 2020; Zhang et al., "SimpleFSDP", 2024 (arXiv 2411.00284); Shoeybi et al.,
     "Megatron-LM", 2019, section 3; Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models",
-    2022, section 4.2.2 ("sequence").
+    2022, section 4.2.2 ("sequence"); Liu et al., "Ring Attention", 2023; Jacobs et al., "DeepSpeed Ulysses", 2023.
     Limits: exact up to the order of sums. What the user constrained stays as it is. `shard_map` bodies are not entered.
     """
 
     mesh: Mesh
     strategy: str | Mapping[str, Any] = "zero3"
     least_elements: int = 1024
+    attention: str = "ring"
 
     stage: ClassVar[int] = 50
     optional: ClassVar[bool] = False
@@ -88,6 +94,8 @@ class Shard:
         if isinstance(self.strategy, Mapping):
             pairs = ((k, v if isinstance(v, (str, type(None))) else tuple(v)) for k, v in self.strategy.items())
             object.__setattr__(self, "strategy", tuple(sorted(pairs)))
+        if self.attention not in _shard_attention.FORMS:
+            raise ValueError(f"Unknown attention={self.attention!r}. Give one of {', '.join(_shard_attention.FORMS)}.")
         if self.strategy != "auto":
             _shard_rules.layout(self.mesh, self._asked)
 
@@ -104,6 +112,14 @@ class Shard:
     @property
     def _asked(self) -> str | Mapping[str, Any]:
         return self.strategy if isinstance(self.strategy, str) else dict(self.strategy)
+
+    def parts(self) -> list[Any]:
+        """Return the rewriters that do this pass's work, attention over a split sequence first."""
+        layout = None if self.searches else _shard_rules.layout(self.mesh, self._asked)
+        if layout is None or not layout.context or self.attention == "gather":
+            return [self]
+        axes = layout.context, layout.batch, layout.tensor
+        return [_shard_attention.ContextAttention(self._auto_mesh, *axes, form=self.attention), self]
 
     @property
     def searches(self) -> bool:
