@@ -8,9 +8,8 @@ a causal or a windowed one. It knows jaxprs only through the space.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from memopt import _compat as c
-from memopt._plan import Decision
 from memopt.pallas_kernels._dtypes import wide
 from memopt.pallas_kernels.attention import api, reference
 from memopt.pallas_kernels.attention.spec import Extras, Spec
@@ -31,23 +29,14 @@ from memopt.passes._match_dims import Atom, region_between
 class Call:
     """A replacement: the form of the kernel, its settings, and which masks are still arrays."""
 
+    keeps_result: ClassVar[bool] = True  # whether the backward function takes the results of the forward one
+
     found: Found
     form: api.Form
     spec: Spec
     masks: list[tuple[int, bool]]
     note: str
     code: Any = api  # has `forward` and `backward` as the kernels' `api` has them
-
-    @property
-    def node(self) -> Node:
-        """The node that makes the forward result."""
-        return self.found.out
-
-    def row(self, number: int) -> Decision:
-        """Return the plan's row of this replacement."""
-        spec = self.spec
-        kind = "causal" if spec.causal and spec.offset == 0 else "masked" if spec.hides or self.masks else "full"
-        return exchanged(self.found.softmax.eqn, self.found.grads, "attention", number, f"{kind} attention", self.note)
 
     @property
     def operands(self) -> list[int]:
@@ -124,14 +113,6 @@ class Call:
         x = x.reshape([a.size for a in atoms])
         place = {id(a): i for i, a in enumerate(atoms)}
         return x.transpose([place[id(a)] for a in want]).reshape(aval.shape).astype(aval.dtype)
-
-
-def exchanged(eqn: Any, grads: Any, name: str, number: int, what: str, note: str) -> Decision:
-    """Return the plan's row of a replacement: `eqn` makes the large value that does not exist any more."""
-    aval, module = eqn.outvars[0].aval, str(c.name_stack(eqn))
-    size = math.prod(aval.shape) * aval.dtype.itemsize
-    reason = f"{what}, {'forward and backward' if grads else 'forward'}, equal on random inputs; {note}"
-    return Decision(f"{module}/{name}.{number}".lstrip("/"), module, c.user_source(eqn), size, "kernel", reason)
 
 
 def _partly(axis: Sequence[Atom], place: dict[int, int]) -> bool:

@@ -7,17 +7,15 @@ a backward one, both in the layouts and dtypes of the plain operations.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from memopt._plan import Decision
 from memopt.pallas_kernels.linear_cross_entropy import api
 from memopt.pallas_kernels.linear_cross_entropy.reference import Spec
-from memopt.passes._attention_call import exchanged
-from memopt.passes._match import Node, Space
+from memopt.passes._match import Space
 from memopt.passes._match_loss import Loss
 
 
@@ -25,21 +23,12 @@ from memopt.passes._match_loss import Loss
 class Call:
     """A replacement: the form of the kernel and its settings."""
 
+    keeps_result: ClassVar[bool] = True  # whether the backward function takes the results of the forward one
+
     found: Loss
     form: api.Form
     spec: Spec
     note: str
-
-    @property
-    def node(self) -> Node:
-        """The node that makes the forward result."""
-        return self.found.loss
-
-    def row(self, number: int) -> Decision:
-        """Return the plan's row of this replacement."""
-        found = self.found
-        what = "cross-entropy of a product"
-        return exchanged(found.product.eqn, found.grads, "linear_cross_entropy", number, what, self.note)
 
     @property
     def operands(self) -> list[int]:

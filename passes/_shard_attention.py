@@ -18,8 +18,11 @@ from jax.sharding import Mesh, PartitionSpec
 
 from memopt import _compat as c
 from memopt._contract import Context, Rewritten
-from memopt.passes import _attention_call, _context_ring, _exchange
-from memopt.passes._match import Space
+from memopt._plan import Decision
+from memopt.passes import _attention_call, _context_ring, _match_attention
+from memopt.passes._exchange import Walk
+from memopt.passes._kernel_edit import Edit
+from memopt.passes._match import OUTER, Node, Space
 from memopt.passes._match_attention import Found
 
 FORMS = ("ring", "ulysses", "gather")
@@ -62,16 +65,52 @@ class ContextAttention:
 
     def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
         """Return the step with attention over a split sequence, or None where there is none and nothing to say."""
-        work = _exchange.Exchange(attention=self._call)
+        work = _Work(self)
         base = work.level(c.open_jaxpr(closed))
         if not work.rows and not work.left:
             return None
         out = closed if not work.rows else c.close(base, c.jaxpr_consts(closed))
         return Rewritten(out, tuple(work.rows), tuple(work.left))
 
-    def _call(self, space: Space, found: Found) -> Any:
-        call = _attention_call.make(space, found, "cpu")
-        return dataclasses.replace(call, code=Split(self, call), note=f"{self.form} over {', '.join(self.context)}")
+
+class _Work(Walk):
+    """One rewrite of a step by attention over a split sequence."""
+
+    def __init__(self, part: ContextAttention):
+        super().__init__()
+        self.part = part
+
+    def space(self, jaxpr: Any, pair: tuple[int, int] | None, quiet: bool) -> Any:
+        """Return a level with its attentions exchanged."""
+        eqns = jaxpr.eqns if pair is None else c.open_jaxpr(jaxpr.eqns[pair[0]].params["jaxpr"]).eqns
+        if not any(eqn.primitive.name == "exp" for eqn in eqns):
+            return jaxpr
+        space = Space(jaxpr, pair)
+        edit = Edit(space)
+        for node, found in _match_attention.find(space):
+            if pair is None or node.side != OUTER:
+                self._take(space, edit, node, found, quiet)
+        return edit.done()
+
+    def _take(self, space: Space, edit: Edit, node: Node, found: Found | str, quiet: bool) -> None:
+        if not isinstance(found, str):
+            call = _attention_call.make(space, found, "cpu")
+            try:
+                call = dataclasses.replace(call, code=Split(self.part, call))
+            except NotImplementedError as error:
+                found = str(error)
+        if isinstance(found, str):
+            self.leave(node, found, quiet)
+            return
+        edit.replace(call, found.out)
+        self.rows.append(self._row(node.eqn, bool(found.grads), len(self.rows)))
+
+    def _row(self, eqn: Any, backward: bool, number: int) -> Decision:
+        aval, module = eqn.outvars[0].aval, str(c.name_stack(eqn))
+        passes = "forward and backward" if backward else "forward"
+        reason = f"{self.part.form} over {', '.join(self.part.context)}, {passes}, equal on random inputs"
+        size = math.prod(aval.shape) * aval.dtype.itemsize
+        return Decision(f"{module}/attention.{number}".lstrip("/"), module, c.user_source(eqn), size, "kernel", reason)
 
 
 class Split:
