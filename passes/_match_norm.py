@@ -141,6 +141,15 @@ def _peeled(space: Space, value: int) -> int:
     return value
 
 
+def _is_of_rows(node: Node) -> bool:
+    """Whether a sum is over the entries of a row, that is over the last axis alone."""
+    return tuple(node.eqn.params["axes"]) == (len(node.eqn.invars[0].aval.shape) - 1,)
+
+
+def _is_parameter(aval: Any, width: int) -> bool:
+    return aval.size == width and aval.shape[-1:] == (width,)
+
+
 class _Search:
     """One root: the forward region around it, then the backward one."""
 
@@ -191,11 +200,11 @@ class _Search:
         for node in self.space.nodes:
             if not any(v in inside for v in node.ins) or node.name not in _POINTWISE | {"reduce_sum"}:
                 continue
-            if node.name == "reduce_sum" and self.space.avals[node.outs[0]].size * width != self.size:
+            if node.name == "reduce_sum" and not _is_of_rows(node):
                 continue
             others = [v for v in node.ins if v is not None and v not in inside and v not in self.space.fixed]
             peeled = [_peeled(self.space, v) for v in others]
-            if all(self.space.avals[v].size == width and v not in self.late for v in peeled):
+            if all(_is_parameter(self.space.avals[v], width) and v not in self.late for v in peeled):
                 inside.update(node.outs)
                 self.parameters.update(peeled)
         return inside
@@ -249,6 +258,8 @@ class _Search:
     def _settings(self, axes: Axes, region, value: int, used: list[int]):
         """Return `(centered, scale, bias)` with which the definition gives this value, or None."""
         rows, width = self._atoms(axes)
+        if any({id(a) for a in axes.all(v)} != {id(a) for a in width} for v in used):
+            return None
         small = _small(axes, region, width)
         inputs = [self.x, *used]
         values = {v: small.random_input(v) for v in inputs}
@@ -338,7 +349,7 @@ class _Search:
 
     def _backward(self, cotangent: int, used: list[int]) -> tuple[Node | None, list[Node], list[int]]:
         """Return the node of the rows' gradient, the sums over rows, and what the former adds to the gradient."""
-        space, width = self.space, self.space.avals[self.x].shape[-1]
+        space = self.space
         allowed = self.inside | {v for v in space.avals if _peeled(space, v) in used}
         made, exits, others = {cotangent}, [], {}
         nodes: list[Node] = []
@@ -349,7 +360,7 @@ class _Search:
                 continue
             rest = [v for v in node.ins if v is not None and v not in made and v not in allowed]
             added = node.name in ("add_any", "add") and [v for v in rest if self._is_full(v)]
-            if node.name == "reduce_sum" and space.avals[node.outs[0]].size == width != self.size:
+            if node.name == "reduce_sum" and not _is_of_rows(node):
                 exits.append(node)
             elif added:
                 if touched[0] != cotangent:

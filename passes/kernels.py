@@ -14,8 +14,7 @@ import math
 from typing import Any, ClassVar
 
 from memopt import _compat as c
-from memopt import _pairs
-from memopt._contract import Context, Left, Rewritten
+from memopt._contract import Context, Rewritten
 from memopt._plan import Decision
 from memopt.passes import (
     _attention_call,
@@ -27,8 +26,9 @@ from memopt.passes import (
     _mlp_call,
     _norm_call,
 )
+from memopt.passes._exchange import Walk
 from memopt.passes._kernel_edit import Edit
-from memopt.passes._match import OUTER, Node, Space
+from memopt.passes._match import OUTER, Space
 
 _KINDS = {
     "attention": "attention",
@@ -108,7 +108,7 @@ class Kernels:
 
     def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
         """Return the step with every proven pattern replaced, or None where there is none and nothing to say."""
-        platform = "cpu" if context.shardings is not None else getattr(context.target, "platform", "cpu")
+        platform = "cpu" if context.partitioned else getattr(context.target, "platform", "cpu")
         given = sum(aval.size * aval.dtype.itemsize for aval in closed.in_avals)
         work = _Work(platform, self, 0 if self.gated_mlps else max(_LEAST_BYTES, _LEAST_SHARE * given))
         base = work.level(c.open_jaxpr(closed))
@@ -118,49 +118,19 @@ class Kernels:
         return Rewritten(out, tuple(work.rows), tuple(work.left))
 
 
-class _Work:
-    """One rewrite of a step: what it did so far, for the plan."""
+class _Work(Walk):
+    """One rewrite of a step by kernels."""
 
     def __init__(self, platform: str, settings: Kernels, least_bytes: float):
+        super().__init__()
         self.platform, self.settings, self.least_bytes = platform, settings, least_bytes
-        self.rows: list[Decision] = []
-        self.left: list[Left] = []
-        self.seen: set[Any] = set()  # near misses that are listed already
 
-    def level(self, jaxpr: Any, quiet: bool = False) -> Any:
-        """Return a level rewritten: its own operations, its pairs of loops, then the bodies inside."""
-        jaxpr = self._space(jaxpr, None, quiet)
-        paired: set[Any] = set()  # results of loops that were looked at in pairs
-        for index in range(len(jaxpr.eqns)):
-            pair = _pairs.find(jaxpr, index)
-            if pair is not None and len(pair.readers) == 1:
-                jaxpr = self._space(jaxpr, (index, pair.readers[0]), quiet)
-                paired.update(v for i in (index, pair.readers[0]) for v in jaxpr.eqns[i].outvars)
-        if paired and self.settings.norms:
-            jaxpr = c.without_dead(jaxpr)  # or what a replaced norm was made of is found again
-        eqns = [self._bodies(eqn, quiet or any(v in paired for v in eqn.outvars)) for eqn in jaxpr.eqns]
-        changed = any(a is not b for a, b in zip(eqns, jaxpr.eqns, strict=True))
-        return c.rebuild(jaxpr, eqns=eqns) if changed else jaxpr
+    def swept(self, jaxpr: Any) -> Any:
+        """Return a level without what nothing reads any more, or what a replaced norm was made of is found again."""
+        return c.without_dead(jaxpr) if self.settings.norms else jaxpr
 
-    def _bodies(self, eqn: Any, quiet: bool) -> Any:
-        if eqn.primitive.name not in ("scan", "cond", "while"):
-            return eqn
-        params = dict(eqn.params)
-        for key, position, body in c.subjaxprs(eqn.params):
-            inner = self.level(c.open_jaxpr(body), quiet)
-            if inner is c.open_jaxpr(body):
-                continue
-            new = c.close(inner, c.jaxpr_consts(body))
-            if position is None:
-                params[key] = new
-            else:
-                items = list(params[key])
-                items[position] = new
-                params[key] = type(eqn.params[key])(items)
-        same = all(params[key] is eqn.params[key] for key in params)
-        return eqn if same else c.replace_eqn(eqn, params=params)
-
-    def _space(self, jaxpr: Any, pair: tuple[int, int] | None, quiet: bool) -> Any:
+    def space(self, jaxpr: Any, pair: tuple[int, int] | None, quiet: bool) -> Any:
+        """Return a level, or a pair of its loops, with kernels in it."""
         eqns = jaxpr.eqns if pair is None else c.open_jaxpr(jaxpr.eqns[pair[0]].params["jaxpr"]).eqns
         settings = self.settings
         softmax = (settings.attention or settings.losses) and any(eqn.primitive.name == "exp" for eqn in eqns)
@@ -174,7 +144,7 @@ class _Work:
             if pair is not None and node.side == OUTER:
                 continue
             if isinstance(found, str):
-                self._leave(node, found, quiet)
+                self.leave(node, found, quiet)
             else:
                 call = _attention_call.make(space, found, self.platform)
                 edit.replace(call, call.found.out)
@@ -192,7 +162,7 @@ class _Work:
             if space.pair is not None and node.side == OUTER:
                 continue
             if isinstance(found, str):
-                self._leave(node, found, quiet, "norm")
+                self.leave(node, found, quiet, "norm")
                 continue
             call = _norm_call.make(space, found, self.platform)
             edit.replace(call, found.out)
@@ -203,7 +173,7 @@ class _Work:
             if space.pair is not None and node.side == OUTER:
                 continue
             if isinstance(found, str):
-                self._leave(node, found, quiet, "gated MLP")
+                self.leave(node, found, quiet, "gated MLP")
                 continue
             call = _mlp_call.make(space, found, self.platform)
             edit.replace(call, found.out)
@@ -219,16 +189,10 @@ class _Work:
                 except NotImplementedError as error:
                     found = str(error)
             if isinstance(found, str):
-                self._leave(node, found, quiet, "loss")
+                self.leave(node, found, quiet, "loss")
                 continue
             edit.replace(call, found.loss)
             self.rows.append(_loss_row(call, len(self.rows)))
-
-    def _leave(self, node: Node, why: str, quiet: bool, what: str = "attention") -> None:
-        key = (c.user_source(node.eqn), why)
-        if not quiet and key not in self.seen:
-            self.seen.add(key)
-            self.left.append(Left(f"{what} at {key[0] or _module(node.eqn) or 'an unnamed place'}", why))
 
 
 def _module(eqn: Any) -> str:
