@@ -21,6 +21,7 @@ from memopt import _compat as c
 from memopt import _graph as g
 
 MOST = 4  # numbers in a set: two bits
+DEEPEST = 200  # operations in a row that are looked through
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,57 +44,61 @@ _POINTWISE = frozenset("mul add sub div neg max min select_n convert_element_typ
 
 
 class Bounds:
-    """What is known of a graph's values, found in one walk.
+    """What is known of a graph's values, found where it is asked for.
 
     Args:
       graph: the step.
     """
 
     def __init__(self, graph: g.Graph):
-        self.known: dict[int, Known] = {}
-        for op in graph.ops:
-            if len(op.outputs) == 1:
-                found = self._of(op)
-                if found is not None:
-                    self.known[op.outputs[0]] = found
+        self.graph = graph
+        self.known: dict[int, Known | None] = {}
 
-    def of(self, value: int) -> Known | None:
-        """Return what is known of a value."""
-        return self.known.get(value)
+    def of(self, value: int, depth: int = 0) -> Known | None:
+        """Return what is known of a value; nothing that is made by more than `DEEPEST` operations in a row is."""
+        if value not in self.known:
+            if depth > DEEPEST:
+                return None
+            op = self.graph.values[value].op
+            self.known[value] = None if op is None or len(op.outputs) != 1 else self._of(op, depth)
+        return self.known[value]
 
-    def _of(self, op: g.Op) -> Known | None:
+    def _of(self, op: g.Op, depth: int) -> Known | None:
         name, aval = op.eqn.primitive.name, op.eqn.outvars[0].aval
         if not c.guardable(op.eqn.outvars[0]):
             return None
-        inputs = [self._input(v, atom) for v, atom in zip(op.inputs, op.eqn.invars, strict=True)]
         if name in _SAME:
-            return inputs[0]
+            return self._input(op, 0, depth)
         if aval.dtype == np.bool_:  # asked so, for a typed key has no NumPy dtype
             return None
-        few = self._few(op, inputs) if name in _POINTWISE else None
+        few = self._few(op, depth) if name in _POINTWISE else None
         if few is not None:
             return few
-        if jax.numpy.issubdtype(aval.dtype, jax.numpy.integer):
-            return _interval(op, name, inputs)
+        if name in _INTERVALS and jax.numpy.issubdtype(aval.dtype, jax.numpy.integer):
+            return _interval(op, name, [self._input(op, i, depth) for i in range(len(op.inputs))])
         return None
 
-    def _input(self, value: int | None, atom: Any) -> Known | None:
-        if isinstance(atom, c.Literal):
-            return _of_literal(atom)
-        return self.known.get(value)
+    def _input(self, op: g.Op, i: int, depth: int) -> Known | None:
+        value = op.inputs[i]
+        return _of_literal(op.eqn.invars[i]) if value is None else self.of(value, depth + 1)
 
-    def _few(self, op: g.Op, inputs: list[Known | None]) -> Known | None:
-        """Return all numbers that a pointwise operation can give, by running it on those of its operands."""
-        sets = []
-        for i, (known, atom) in enumerate(zip(inputs, op.eqn.invars, strict=True)):
+    def _few(self, op: g.Op, depth: int) -> Known | None:
+        """Return all numbers that a pointwise operation can give, by running it on those of its operands.
+
+        What was made last is asked first: where that can be anything the rest need not be known.
+        """
+        sets: list[list[np.ndarray]] = [[] for _ in op.inputs]
+        for i in sorted(range(len(op.inputs)), key=lambda i: -1 if op.inputs[i] is None else -op.inputs[i]):
+            atom = op.eqn.invars[i]
             dtype = np.dtype(atom.aval.dtype)
             if dtype == np.bool_ or (i == 0 and op.eqn.primitive.name == "select_n"):
                 which = range(2) if dtype == np.bool_ else range(len(op.eqn.invars) - 1)
-                sets.append([np.array(n, dtype) for n in which])
-            elif known is None or known.numbers is None:
+                sets[i] = [np.array(n, dtype) for n in which]
+                continue
+            known = self._input(op, i, depth)
+            if known is None or known.numbers is None:
                 return None
-            else:
-                sets.append([np.asarray(n, dtype) for n in known.numbers])
+            sets[i] = [np.asarray(n, dtype) for n in known.numbers]
         results = [_run(op.eqn, numbers) for numbers in itertools.product(*sets)]
         return _few_of(results, op.eqn.outvars[0].aval.dtype)
 

@@ -60,3 +60,14 @@ def lean(one: Codec) -> Codec:
     """
     has_blocks = isinstance(one, (Integer, Float8)) and one.block is not None and not one.channels
     return dataclasses.replace(one, down=True) if has_blocks else one
+
+
+def rowwise(one: Codec) -> Codec:
+    """Return a codec whose blocks are whole rows, where it has blocks.
+
+    Example:
+      >>> rowwise(codec("int8")).name, rowwise(codec("int8-channel")).name
+      ('int8-token', 'int8-channel')
+    """
+    has_blocks = isinstance(one, (Integer, Float8)) and one.block is not None and not one.channels
+    return dataclasses.replace(one, block=None, down=False) if has_blocks else one

@@ -52,6 +52,8 @@ class Store:
         alone (a sketch for a weight gradient, bits for a pooling's); no repeat starts from it. None: all readers.
       asked: whether the user asked for this form of this value: every plan that keeps the value keeps it so. What a
         scope asks for is not repeated either.
+      late: whether plans are looked for as if this form were not there, and it is then tried on what they keep: for
+        exact forms that take next to no time. Where no pass repeats anything it makes no difference.
     """
 
     value: int
@@ -63,6 +65,7 @@ class Store:
     name: str = "encoded"
     readers: frozenset[int] | None = None
     asked: bool = False
+    late: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +133,7 @@ class Context:
       out_paths: per output, its path in the step's result.
       donated: per input, whether it is donated.
       shardings: those of the arguments and results (`memopt._local.Shardings`), None where nothing is sharded.
+      partitioned: whether XLA will partition the step over devices: it cannot partition a kernel.
     """
 
     target: Any
@@ -137,6 +141,7 @@ class Context:
     out_paths: tuple[str, ...] = ()
     donated: tuple[bool, ...] = ()
     shardings: Any = None
+    partitioned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

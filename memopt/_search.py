@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from memopt import _apply, _cost, _layers, _segments, _settled, _timeline
+from memopt import _apply, _cost, _late, _layers, _segments, _settled, _timeline
 from memopt import _compat as c
 from memopt._network import Choice, Network
 from memopt._refine import holding, refine
@@ -92,6 +92,8 @@ class Search:
         if self.always:
             self.seen.clear()  # what the user asked to run again is run again in every plan
         self.given = bool(self.always or step.asked)
+        self.late = _late.forms(step)
+        self.stores = [s for s in step.stores if not (s.late and step.repeatable)]
 
     def run(self, *, refined: bool = True) -> list[Rung]:
         """Return all plans that were found; without `refined` those of the sweep alone."""
@@ -109,6 +111,7 @@ class Search:
                 self.fill()
         if refined:
             refine(self)
+        self.repack()
         return list(self.seen.values())
 
     def _techniques(self) -> list[tuple[dict[int, float], Sequence[Any]]]:
@@ -116,9 +119,9 @@ class Search:
 
         What one price finds of both together need not hold the best plans of each.
         """
-        found = [(self.repeatable, self.step.stores)]
-        if self.step.stores and self.repeatable:
-            alone = [] if self.always else [({}, self.step.stores)]
+        found = [(self.repeatable, self.stores)]
+        if self.stores and self.repeatable:
+            alone = [] if self.always else [({}, self.stores)]
             found = [(self.repeatable, ()), *alone, *found]
         return found
 
@@ -245,6 +248,13 @@ class Search:
                 return
             low, high = (low, price) if seconds >= gap[1].seconds else (price, high)
 
+    def repack(self) -> None:
+        """Try the exact forms that take next to no time on what each plan on the hull keeps."""
+        late = _late.smallest(self.late)
+        for rung in [self.kept] * (not self.given) + self._hull() if late else ():
+            for choice in _late.choices(self.step, rung.choice, rung.predicted_peak_bytes, late):
+                self.score(choice, rung.price)
+
     def _hull(self) -> list[Rung]:
         return hull(self.plain, list(self.seen.values()))
 
@@ -354,7 +364,7 @@ def hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:
     The cost is the repeated FLOPs, then the seconds; where a plan stores a value for seconds (a transfer, a codec), it
     is the seconds of all of them: FLOPs alone would call a slow transfer free.
     """
-    timed = any(s.seconds for rung in rungs for s in rung.choice.stores.values())
+    timed = any(s.seconds and not s.late for rung in rungs for s in rung.choice.stores.values())
 
     def cost(rung: Rung) -> tuple[float, float, int]:
         seconds, flops = rung.seconds, rung.recompute_flops

@@ -35,9 +35,9 @@ def default() -> list:
     Example:
       >>> import memopt
       >>> memopt.passes.default()
-      [Remat(respect_checkpoint=False), Kernels(attention=True, losses=True)]
+      [Remat(respect_checkpoint=False), Lossless(), Kernels(attention=True, losses=True, gated_mlps=None, norms=False)]
     """
-    return [Remat(), Kernels()]
+    return [Remat(), Lossless(), Kernels()]
 
 
 def asked_for(marks: Iterable[str]) -> list:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,8 @@ from memopt._survey import Survey
 
 #: Values below these bytes are not worth another form: their codes and scales round up to whole tiles.
 LEAST_BYTES = 4096
+#: The smallest values that together hold less than this share of all residual bytes count as small.
+SMALL_SHARE = 0.005
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,6 +98,43 @@ def later_readers(graph: g.Graph) -> dict[int, set[int]]:
                 if item.region != region.id or made < op.bin:
                     readers.setdefault(v, set()).add(op.id)
     return readers
+
+
+def small(survey: Survey) -> set[int]:
+    """Return the smallest residuals, which together hold less than a small share of the bytes.
+
+    They are mostly statistics of rows: another form of them would save nothing.
+    """
+    ordered = sorted(residuals(survey), key=lambda one: one.bytes * one.trips)
+    least = SMALL_SHARE * sum(one.bytes * one.trips for one in ordered)
+    held = itertools.accumulate(one.bytes * one.trips for one in ordered)
+    return {one.value for one, total in zip(ordered, held, strict=True) if total < least}
+
+
+def last_backward(graph: g.Graph) -> dict[int, int]:
+    """Return, by value, the last segment of its region in which the backward pass reads it or what is made from it.
+
+    Made from it by forward operations, so that a repeat which starts from it serves that reader. A loop reads its
+    operands until the last loop that it feeds. Values that no gradient needs, such as an update's, are left out.
+    """
+    marks, last = _forms.Marks(graph), {}
+    for region in reversed(graph.regions):
+        for op in reversed(region.ops):
+            ends = [op.bin] if marks.is_backward(op) else [last[v] for v in op.outputs if v in last]
+            ends += [other.bin for other in op.feeds if other.region == region.id]
+            for v in op.inputs if ends else ():
+                if v is not None:
+                    last[v] = max(last.get(v, -1), *ends)
+    return last
+
+
+def is_view(graph: g.Graph, value: int) -> bool:
+    """Say whether a value is an argument in another shape or type: a parameter, which gradients of inputs contract."""
+    op = graph.values[value].op
+    while op is not None and sum(v is not None for v in op.inputs) == 1:
+        value = next(v for v in op.inputs if v is not None)
+        op = graph.values[value].op
+    return op is None and graph.values[value].kind != g.CARRY_IN
 
 
 def _around(graph: g.Graph, region: int) -> str:

@@ -8,17 +8,18 @@ of the forward pass reads a lossy form.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 
-from memopt import _codecs
+from memopt import _codecs, _forms
 from memopt._codec import Codec
 from memopt._contract import Left, Store
 from memopt._survey import Survey
 from memopt.passes import _residuals
 
-#: The smallest values that together hold less than this share of all residual bytes stay as they are.
-_SHARE = 0.005
+#: Share of a step's seconds below which it is not worth it to keep a value in another form.
+_SHORT = 0.15
+#: Rows and columns from which what a batched matmul makes counts as attention scores.
+_WIDE = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,29 +89,54 @@ class Compress:
 
     def propose(self, survey: Survey) -> Iterator[Store | Left]:
         """Yield a `Store` for every codec and every forward value of floats that it makes smaller."""
-        small = _small(survey)
+        left = _residuals.small(survey) | _soon(survey)
+        rows = _row_shapes(survey)
         for one in _residuals.chosen(survey, self.where):
             for codec in self.codecs if one.lossy_readers else ():
                 asked = one.mark == f"compress.{codec.name}"
-                if codec.accepts(one.aval.dtype) and (asked or not (self.only_marked or one.value in small)):
-                    yield from _coded(survey, one, codec, asked or self.always)
+                if codec.accepts(one.aval.dtype) and (asked or not (self.only_marked or one.value in left)):
+                    form = _codecs.rowwise(codec) if one.aval.shape in rows else _codecs.lean(codec)
+                    yield from _coded(survey, one, codec.name, form, asked or self.always)
 
 
-def _small(survey: Survey) -> set[int]:
-    """Return the smallest residuals, which together hold less than a small share of the bytes.
+def _soon(survey: Survey) -> set[int]:
+    """Return values that no gradient needs, or only for a short while, outside loops; and cast parameters.
 
-    They are mostly statistics of rows: their codes would save nothing, and their error would spread over the rows.
+    A loss's logits are such: their codes would live beside the values themselves.
     """
-    ordered = sorted(_residuals.residuals(survey), key=lambda one: one.bytes * one.trips)
-    least = _SHARE * sum(one.bytes * one.trips for one in ordered)
-    held = itertools.accumulate(one.bytes * one.trips for one in ordered)
-    return {one.value for one, total in zip(ordered, held, strict=True) if total < least}
+    graph, last, found = survey.graph, _residuals.last_backward(survey.graph), set()
+    done = {b: 0.0 for b in graph.top.bins}  # seconds of each segment
+    for op in graph.top.ops:
+        done[op.bin] += survey.seconds[op.id]
+    short = _SHORT * sum(done.values())
+    for one in _residuals.residuals(survey):
+        item = graph.values[one.value]
+        if one.value not in last or _residuals.is_view(graph, one.value):
+            found.add(one.value)
+        elif item.region == graph.top.id and item.op is not None:
+            if sum(done[b] for b in range(item.op.bin + 1, last[one.value] + 1)) < short:
+                found.add(one.value)
+    return found
 
 
-def _coded(survey: Survey, one: _residuals.Residual, codec: Codec, asked: bool) -> Iterator[Store]:
-    form = _codecs.lean(codec)
+def _row_shapes(survey: Survey) -> set[tuple[int, ...]]:
+    """Return the shapes of attention scores: what forward matmuls with batch dimensions make, in wide rows.
+
+    Whole rows share a scale there: XLA:TPU reads scores transposed, and would write out what is decoded in blocks.
+    """
+    graph, marks = survey.graph, _forms.Marks(survey.graph)
+    found = set()
+    for op in graph.ops:
+        if op.eqn.primitive.name == "dot_general" and any(op.eqn.params["dimension_numbers"][1]):
+            shape = op.eqn.outvars[0].aval.shape
+            if min(shape[-2:]) >= _WIDE and not marks.is_backward(op):
+                found.add(shape)
+    return found
+
+
+def _coded(survey: Survey, one: _residuals.Residual, name: str, form: Codec, asked: bool) -> Iterator[Store]:
     layout = form.layout(one.aval.shape, one.aval.dtype)
     size = sum(survey.bytes_of(leaf) for leaf in (layout.codes, *layout.scales))
     if size < one.bytes:
         seconds = _residuals.move_seconds(survey, size, one.bytes)
-        yield Store(one.value, seconds, size, form.encode, form.decode, error=form.error, name=codec.name, asked=asked)
+        yield Store(one.value, seconds, size, form.encode, form.decode, error=form.error, name=name, asked=asked)

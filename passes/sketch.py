@@ -89,7 +89,11 @@ class Sketch:
         for one in _residuals.chosen(survey, self.where):
             readers = frozenset(o for o in one.readers if marks.is_backward(survey.graph.ops[o]))
             axes = _rows_of(survey.graph, one.value, len(one.aval.shape), readers, marks)
-            if axes is None or _is_view(survey.graph, one.value) or not jnp.issubdtype(one.aval.dtype, jnp.floating):
+            if (
+                axes is None
+                or _residuals.is_view(survey.graph, one.value)
+                or not jnp.issubdtype(one.aval.dtype, jnp.floating)
+            ):
                 continue
             form = self.form(one.aval.shape, one.aval.dtype, axes)
             leaves = jax.eval_shape(form.encode, jax.ShapeDtypeStruct(one.aval.shape, one.aval.dtype))
@@ -130,15 +134,6 @@ def _rows_of(
         found.add(tuple(contracting[sides[0]]))
     axes = found.pop() if len(found) == 1 else None
     return axes if axes and len(axes) < rank else None
-
-
-def _is_view(graph: g.Graph, value: int) -> bool:
-    """Say whether a value is an argument in another shape or type: a parameter, which gradients of inputs contract."""
-    op = graph.values[value].op
-    while op is not None and sum(v is not None for v in op.inputs) == 1:
-        value = next(v for v in op.inputs if v is not None)
-        op = graph.values[value].op
-    return op is None and graph.values[value].kind != g.CARRY_IN
 
 
 def _feeds_gradients(graph: g.Graph, op: g.Op, marks: _forms.Marks) -> bool:

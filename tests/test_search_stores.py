@@ -49,7 +49,7 @@ def test_mixtures_take_one_plans_forms_up_to_an_operation_and_the_others_after_i
 
 
 def rung(flops, seconds, peak, stored=0.0):
-    choice = types.SimpleNamespace(stores={0: types.SimpleNamespace(seconds=stored)} if stored else {})
+    choice = types.SimpleNamespace(stores={0: types.SimpleNamespace(seconds=stored, late=False)} if stored else {})
     return types.SimpleNamespace(recompute_flops=flops, seconds=seconds, predicted_peak_bytes=peak, choice=choice)
 
 

@@ -264,3 +264,44 @@ def test_bounds_hold_for_what_is_made():
     for k, got in zip(known, made(x), strict=True):
         if k is not None and k.low is not None:
             assert k.low <= np.min(got) and np.max(got) <= k.high
+
+
+def headed(ws, x, head, targets):
+    """A scanned model with a matmul and a cross-entropy after the loop: logits are read again at once."""
+    h = jax.lax.scan(lambda h, w: (gelu(h, w), None), x, ws)[0]
+    logits = h @ head
+    picked = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+    return jnp.mean(jax.nn.logsumexp(logits, axis=-1, keepdims=True) - picked)
+
+
+def test_what_gradients_need_at_once_is_left_alone():
+    head = np.zeros((WIDTH, 512), np.float32)
+    targets = np.zeros(ROWS, np.int32)
+    survey = forced.survey_of(trace(headed, (*arguments(), head, targets)))
+    shapes = {survey.graph.values[p.value].aval.shape for p in Compress().propose(survey)}
+    assert (ROWS, WIDTH) in shapes and (ROWS, 512) not in shapes
+
+
+def test_updates_and_cast_parameters_are_left_alone():
+    def step(w, m, x):
+        half, gradient = jax.value_and_grad(lambda w: jnp.sum(gelu(x, w.astype(jnp.bfloat16)) ** 2))(w)
+        m = 0.9 * m + gradient
+        return half, w - 0.1 * m / (jnp.sqrt(m * m) + 1e-8), m
+
+    w, x = jnp.zeros((256, 256)), jnp.zeros((ROWS, 256), jnp.bfloat16)
+    survey = forced.survey_of(jax.make_jaxpr(step)(w, w, x))
+    shapes = {survey.graph.values[p.value].aval.shape for p in Compress().propose(survey)}
+    assert shapes <= {(ROWS, 256)}
+
+
+def attention(h, w):
+    q = (h @ w).reshape(4, ROWS // 4, WIDTH)
+    weights = jax.nn.softmax(jnp.einsum("bqd,bkd->bqk", q, jnp.sin(q)))
+    return h + jnp.einsum("bqk,bkd->bqd", weights, q).reshape(h.shape)
+
+
+def test_scores_share_a_scale_by_rows():
+    survey = forced.survey_of(trace(scanned(attention), arguments()))
+    forms = {survey.graph.values[p.value].aval.shape: p.encode.__self__.name for p in Compress().propose(survey)}
+    assert forms[4, ROWS // 4, ROWS // 4] == "int8-token"
+    assert forms[ROWS, WIDTH] == "int8-down"
