@@ -21,6 +21,7 @@ CASES = ("llama_8b:v5e:4x4", "llama_8b:v5p:2x2x1", "llama_70b:v5p:4x4x4")
 COLUMNS = (
     _report.Column("case", "step and mesh"),
     _report.Column("strategy", "strategy"),
+    _report.Column("chosen", "chosen"),
     _report.Column("mesh", "mesh"),
     _report.Column("state_share_bytes", "state / devices", "bytes"),
     _report.Column("argument_bytes", "arguments", "bytes"),
@@ -43,6 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_list("strategies", ["zero3", "zero3+tensor"], "Strategies of memopt.passes.Shard.")
     flags.DEFINE_integer("model_ways", 4, "Devices along the second axis, where a strategy needs one.")
     flags.DEFINE_integer("length", 2048, "Tokens of one sequence.")
+    flags.DEFINE_enum("attention", "ring", ["ring", "ulysses", "gather"], "Attention over a split sequence.")
     flags.DEFINE_integer("batch", None, "Sequences in all; None for one on each device along the data axis.")
     flags.DEFINE_string("budget", None, "Budget per device; None for the compiler's limit.")
     flags.DEFINE_bool("compile", True, "Compile, else predict alone.")
@@ -87,7 +89,8 @@ def row_of(case: str, strategy: str, options: Any) -> dict[str, Any]:
     mesh = mesh_of(target, strategy, options.model_ways)
     batch = options.batch or mesh.devices.shape[0]
     step, args, jit_options = step_of(model, batch, options.length)
-    passes = [*memopt.passes.default(), memopt.passes.Shard(mesh, strategy=strategy)]
+    shard = memopt.passes.Shard(mesh, strategy=strategy, attention=options.attention)
+    passes = [*memopt.passes.default(), shard]
     planned = memopt.optimize(step, passes=passes, target=target, budget=options.budget, **jit_options)
     total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(args[0]))
     row: dict[str, Any] = {"case": case, "strategy": strategy, "mesh": "x".join(map(str, mesh.devices.shape))}
@@ -99,6 +102,10 @@ def row_of(case: str, strategy: str, options: Any) -> dict[str, Any]:
         return row | {"note": f"no plan fits: {error.smallest_peak_bytes} bytes at least"}
     row |= {"predicted_peak_bytes": plan.predicted_peak_bytes, "planning_seconds": plan.planning_seconds}
     row["recompute_share"] = plan.recompute_flops / plan.baseline_flops
+    searched = [d for d in plan.decisions if d.name.startswith("shard/auto/")]
+    for one in searched:
+        print(f"  {one.name.removeprefix('shard/auto/')}: {one.choice}, {one.reason}", flush=True)
+    row["chosen"] = searched[0].name.removeprefix("shard/auto/") if searched else strategy
     return row if compiled is None else row | compiled_figures(planned, compiled, args)
 
 

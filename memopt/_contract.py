@@ -133,6 +133,7 @@ class Context:
       out_paths: per output, its path in the step's result.
       donated: per input, whether it is donated.
       shardings: those of the arguments and results (`memopt._local.Shardings`), None where nothing is sharded.
+      partitioned: whether XLA will partition the step over devices: it cannot partition a kernel.
     """
 
     target: Any
@@ -140,6 +141,7 @@ class Context:
     out_paths: tuple[str, ...] = ()
     donated: tuple[bool, ...] = ()
     shardings: Any = None
+    partitioned: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

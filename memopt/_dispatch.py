@@ -15,7 +15,7 @@ import jax
 
 from memopt import _compat_frontend as compat
 from memopt import _nnx
-from memopt._errors import TargetError
+from memopt._errors import BudgetError, TargetError
 from memopt._measure import Memory
 from memopt._program import Program, Settings
 from memopt._signature import JitOptions, Signature, Statics
@@ -82,6 +82,14 @@ class Core:
 
     def _settle(self, program: Program, leaves: list[Any], args: tuple, kwargs: dict) -> Any:
         """Plan and, where asked for, compile; return the compiled step or None where nothing was compiled."""
+        while True:
+            try:
+                return self._settle_choice(program, leaves, args, kwargs)
+            except BudgetError:
+                if not program.take_runner_up():
+                    raise
+
+    def _settle_choice(self, program: Program, leaves: list[Any], args: tuple, kwargs: dict) -> Any:
         plan_program(program, leaves, verified=self.settings.verify)
         if program.index is None:
             self._tell_unplanned()

@@ -278,12 +278,24 @@ def _scatter(eqn: Any) -> Iterator[Factor]:
         yield _factor((operand, source), (out, source))
 
 
+def _shard_map(eqn: Any) -> Iterator[Factor]:
+    """Tie what the same mesh axes split; nothing else can be cut, for the body sees it whole."""
+    found: dict[tuple[str, ...], list[tuple[Any, int]]] = {}
+    sides = (eqn.invars, eqn.params["in_specs"]), (eqn.outvars, eqn.params["out_specs"])
+    for var, spec in (pair for atoms, specs in sides for pair in zip(atoms, specs, strict=True)):
+        for dim, axes in enumerate(spec):
+            if axes is not None:
+                found.setdefault(axes if isinstance(axes, tuple) else (axes,), []).append((var, dim))
+    for places in found.values():
+        yield _factor(*places)
+
+
 _ELEMENTWISE = frozenset(
     "add_any copy_p stop_gradient name checkpoint_name select_n clamp square pow nextafter mulhi bessel_i0e bessel_i1e "
     "reduce_precision pvary pcast layout_constraint threefry2x32 random_wrap random_unwrap erf_inv one_minus_square "
     "eq_to lt_to le_to dce_sink".split()
 )
-_SOURCES = frozenset("random_bits random_seed random_fold_in random_split iota empty rng_uniform shard_map".split())
+_SOURCES = frozenset("random_bits random_seed random_fold_in random_split iota empty rng_uniform".split())
 _CALLS = frozenset(
     "jit pjit closed_call core_call call core_closed_call remat2 checkpoint remat custom_jvp_call custom_vjp_call "
     "custom_vjp_call_jaxpr custom_lin run_state".split()
@@ -291,6 +303,7 @@ _CALLS = frozenset(
 
 _RULES: dict[str, Callable[[Any], Iterator[Factor]]] = {
     "dot_general": _dot,
+    "shard_map": _shard_map,
     "conv_general_dilated": _conv,
     "broadcast_in_dim": _broadcast,
     "transpose": _transpose,

@@ -48,6 +48,8 @@ class Ladder:
         self.step = step
         self.planning_seconds = planning_seconds
         self.first = first
+        self.rows: tuple[Any, ...] = ()  # of a pass that searched: what it chose from
+        self.others: Iterator[Ladder] | None = None  # the ladders of its next choices
 
     def choose(self, budget_bytes: int | None, measured: Mapping[int, int] | None = None) -> int | None:
         """Return the cheapest rung whose peak, measured where known, is within the budget; None where none is."""
@@ -62,7 +64,7 @@ class Ladder:
         rung = self.rungs[index or 0]
         step = rung.step
         as_written = rung.closed is step.closed
-        rows = [*(() if as_written else step.outcome.rows), *step.decisions(rung.choice)]
+        rows = [*self.rows, *(() if as_written else step.outcome.rows), *step.decisions(rung.choice)]
         return Plan(
             baseline_peak_bytes=self.rungs[0].predicted_peak_bytes,
             predicted_peak_bytes=rung.predicted_peak_bytes,

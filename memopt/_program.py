@@ -14,7 +14,7 @@ import jax
 from jax.extend.core import jaxpr_as_fun
 
 from memopt import _compat_frontend as compat
-from memopt import _hosted, _planner, _rewrite
+from memopt import _hosted, _planner, _rewrite, _searching
 from memopt._budget import Budget
 from memopt._compat import open_jaxpr
 from memopt._contract import Context
@@ -64,10 +64,14 @@ def make_ladder(
     """Ask the planner for the ladder of a step, or for the one rung of a saved plan."""
     common = {"donated": donated, "target": settings.target, "scopes": MARKERS, "shardings": shardings}
     common["context"] = context
-    common["passes"] = default_passes(closed_jaxpr) if settings.passes is None else settings.passes
+    passes = default_passes(closed_jaxpr) if settings.passes is None else settings.passes
     if settings.plan is not None:
-        return _planner.ladder_of_plan(closed_jaxpr, settings.plan, **common)
-    return _planner.make_ladder(closed_jaxpr, overrides=settings.overrides, **common)
+        passes = _searching.saved_choice(closed_jaxpr, settings.plan, passes)
+        return _planner.ladder_of_plan(closed_jaxpr, settings.plan, passes=passes, **common)
+    make = functools.partial(_planner.make_ladder, closed_jaxpr, overrides=settings.overrides, **common)
+    if _searching.searching(passes) is None:
+        return make(passes=passes)
+    return _searching.best_ladder(closed_jaxpr, context, passes, settings, make)
 
 
 def read_passes(passes: Any) -> tuple[Any, ...] | None:
@@ -119,6 +123,7 @@ class Program:
     plain_compiled: Any = None  # of a sharded step: the plain one, compiled, and its figures, once asked for
     compile_plain: Callable[[], Any] | None = None  # does that; None where it is out of memory
     run: Any = None  # the jitted function that calls go to, once the plan is settled
+    tries: int = 0  # how many choices of a searching pass compiled over the budget
     _rungs: dict[int, Any] = field(default_factory=dict)
 
     @property
@@ -143,6 +148,17 @@ class Program:
         sharded = {"shardings": self.shardings} if self.shardings.is_sharded else {}
         return make_ladder(self.closed_jaxpr, self.donated, self.settings, context=self.context, **sharded)
 
+    def take_runner_up(self) -> bool:
+        """Go on to the next choice of a pass that searches, this one being over the budget; say if one is left."""
+        following = _searching.following(self.ladder) if self.tries < _searching.RUNNERS_UP else None
+        if following is None:
+            return False
+        self.tries += 1
+        self.ladder, self.index, self.budget_bytes, self.run = following, None, None, None
+        self.measured, self._rungs = {}, {}
+        self.__dict__.pop("placed", None)
+        return True
+
     @property
     def context(self) -> Context:
         """What passes that rewrite the step may know of it."""
@@ -157,6 +173,7 @@ class Program:
             out_paths=tuple(jax.tree_util.keystr(path) for path, _ in outputs),
             donated=self.donated,
             shardings=self.shardings if self.shardings.is_sharded else None,
+            partitioned=self.shardings.is_sharded or _rewrite.partitions(self.settings.passes or ()),
         )
 
     @property

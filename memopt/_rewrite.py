@@ -39,6 +39,11 @@ def is_required(passes: Iterable[Any]) -> bool:
     return any(not p.optional for p in rewriters(passes))
 
 
+def partitions(passes: Iterable[Any]) -> bool:
+    """Whether one of the passes has the step run on several devices."""
+    return any(getattr(p, "partitions", False) for p in passes)
+
+
 def apply(
     closed: Any,
     passes: Sequence[Rewriter],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,14 @@ from memopt.passes._match_dims import Atom, region_between
 class Call:
     """A replacement: the form of the kernel, its settings, and which masks are still arrays."""
 
+    keeps_result: ClassVar[bool] = True  # whether the backward function takes the results of the forward one
+
     found: Found
     form: api.Form
     spec: Spec
     masks: list[tuple[int, bool]]
     note: str
+    code: Any = api  # has `forward` and `backward` as the kernels' `api` has them
 
     @property
     def operands(self) -> list[int]:
@@ -44,7 +47,7 @@ class Call:
     def forward(self, *arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the second product's result, as the plain step has it, and the log-sum-exp."""
         q, k, v, bias, extras = self._arguments(arrays)
-        out, lse = api.forward(self.form, self.spec, q, k, v, bias, extras)
+        out, lse = self.code.forward(self.form, self.spec, q, k, v, bias, extras)
         if self._mean_rows(extras):
             out = api.mean_where_masked(self.spec, out, v, extras)
         node = self.found.out
@@ -63,7 +66,7 @@ class Call:
             _, pull = jax.vjp(lambda v: api.mean_where_masked(self.spec, jax.lax.stop_gradient(out), v, extras), v)
             (more_v,) = pull(cotangent)
             cotangent = jnp.where(some, cotangent, jnp.zeros_like(cotangent))
-        dq, dk, dv, _ = api.backward(self.form, self.spec, q, k, v, bias, extras, out, lse, cotangent)
+        dq, dk, dv, _ = self.code.backward(self.form, self.spec, q, k, v, bias, extras, out, lse, cotangent)
         dv = dv if more_v is None else dv + more_v
         made = {"q": dq, "k": dk, "v": dv}
         return [self._plain(name, node.outs[0], made[name]) for name, node in self.found.grads.items()]

@@ -7,7 +7,7 @@ a backward one, both in the layouts and dtypes of the plain operations.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from memopt.passes._match_loss import Loss
 @dataclasses.dataclass
 class Call:
     """A replacement: the form of the kernel and its settings."""
+
+    keeps_result: ClassVar[bool] = True  # whether the backward function takes the results of the forward one
 
     found: Loss
     form: api.Form

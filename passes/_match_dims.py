@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from memopt import _compat as c
 from memopt.passes._match import Node, Space
@@ -79,7 +80,7 @@ class Axes:
     def _node(self, node: Node) -> None:
         name, out = node.name, node.eqn.outvars[0].aval.shape
         ins = [None if v is None else self.known[v] for v in node.ins]
-        if name in _ELEMENTWISE:
+        if name in _ELEMENTWISE or entry_call(node.eqn) is not None:
             result = self._elementwise([x for x in ins if x], out)
         elif name in ("broadcast_in_dim", "iota"):
             result = self._new(out)
@@ -311,7 +312,45 @@ class Small:
             whole = np.issubdtype(params["new_dtype"], np.integer)
             truth = params["new_dtype"] == np.bool_
             return np.asarray(operands[0]).astype(bool if truth else np.int64 if whole else np.float64)
-        return _ELEMENTWISE[name](*operands)
+        body = entry_call(node.eqn)
+        return _entries(body, operands) if body is not None else _ELEMENTWISE[name](*operands)
+
+
+def entry_call(eqn: Any) -> Any | None:
+    """Return the body of a call with a derivative of its own (such as `jax.nn.relu`) that maps entry to entry."""
+    if eqn.primitive.name != "custom_jvp_call" or len(eqn.outvars) != 1:
+        return None
+    body = c.open_jaxpr(eqn.params["call_jaxpr"])
+    shape = eqn.outvars[0].aval.shape
+    return body if all(v.aval.shape == shape for v in eqn.invars) and _is_entries(body, shape) else None
+
+
+def _is_entries(body: Any, shape: Sequence[int]) -> bool:
+    for eqn in body.eqns:
+        if len(eqn.outvars) != 1 or eqn.outvars[0].aval.shape != shape:
+            return False
+        inner = [c.open_jaxpr(b) for _, _, b in c.subjaxprs(eqn.params)]
+        if not (all(_is_entries(b, shape) for b in inner) if inner else eqn.primitive.name in _ELEMENTWISE):
+            return False
+    return not body.constvars
+
+
+def _entries(body: Any, operands: Sequence[Any]) -> Any:
+    env = dict(zip(body.invars, operands, strict=True))
+
+    def read(var: Any) -> Any:
+        return _value(var.val) if isinstance(var, c.Literal) else env[var]
+
+    for eqn in body.eqns:
+        ins = [read(v) for v in eqn.invars]
+        inner = [c.open_jaxpr(b) for _, _, b in c.subjaxprs(eqn.params)]
+        if inner:
+            env[eqn.outvars[0]] = _entries(inner[0], ins)
+        elif eqn.primitive.name == "integer_pow":
+            env[eqn.outvars[0]] = ins[0] ** float(eqn.params["y"])
+        else:
+            env[eqn.outvars[0]] = _ELEMENTWISE[eqn.primitive.name](*ins)
+    return read(body.outvars[0])
 
 
 def _value(literal: Any) -> Any:
@@ -360,6 +399,10 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "abs": np.abs,
     "sign": np.sign,
     "tanh": np.tanh,
+    "logistic": special.expit,
+    "erf": special.erf,
+    "erfc": special.erfc,
+    "pow": np.power,
     "square": np.square,
     "one_minus_square": lambda x: 1 - np.square(x),
     "sqrt": np.sqrt,

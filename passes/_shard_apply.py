@@ -31,7 +31,7 @@ def constrain(
     closed: Any,
     mesh: Mesh,
     made: Mapping[Any, tuple[Spec, ...]],
-    used: Mapping[tuple[int, int], Spec],
+    used: Mapping[tuple[int, int], tuple[Spec, ...]],
     results: Mapping[int, tuple[Spec, ...]],
 ) -> Any:
     """Return a jaxpr with sharding constraints.
@@ -40,7 +40,8 @@ def constrain(
       closed: a flat closed jaxpr.
       mesh: the mesh.
       made: variable -> the specs that it is brought to, one after the other, right after it is made.
-      used: (id of an equation, operand) -> the spec that the operand is brought to just before, for this one reader.
+      used: (id of an equation, operand) -> the specs that the operand is brought to, one after the other, just before,
+        for this one reader.
       results: output -> the specs that it is brought to last.
     """
     hand = _Hand(mesh, made, used)
@@ -69,8 +70,7 @@ class _Hand:
         for eqn in base.eqns:
             invars = [env.get(v, v) if is_var(v) else v for v in eqn.invars]
             for i, v in enumerate(eqn.invars):
-                spec = self.used.get((id(eqn), i))
-                if spec is not None and is_var(v):
+                for spec in self.used.get((id(eqn), i), ()) if is_var(v) else ():
                     key = (invars[i], spec)
                     if key not in gathered:
                         gathered[key] = self.emit(invars[i], spec, eqns, eqn)

@@ -1,51 +1,55 @@
 """The sharding pass's search: which strategy on which mesh shape is quickest among those that fit.
 
-In: a flat step, all devices of a mesh, what the pass knows of the step. Out: `Candidate`s, ranked, each with its
-layout's state bytes and collective seconds, the best few with the peak that the planner predicts for them after its own
-cut. It applies nothing: the pass applies the first one.
+In: a flat step, all devices of a mesh, how a candidate is laid out and planned. Out: `Candidate`s, ranked: each with
+its layout's state bytes and collective seconds, the best few with the ladder that the planner makes of them, so that
+strategy, mesh shape and cut are chosen together. It applies nothing, and compiles nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 
-from memopt import _planner
-from memopt._contract import Context, Rewritten
-from memopt._program import default_passes
-from memopt._target import limit_bytes
+from memopt._errors import format_bytes
+from memopt._plan import Decision
 
 _ONE_AXIS = ("zero1", "zero2", "zero3")
 _TWO_AXES = ("zero1+tensor", "zero3+tensor", "zero3+tensor+sequence")
 #: Candidates that are planned in full, quickest collectives first.
 _FINALISTS = 4
 _MOST_MODEL_WAYS = 32
+#: Candidates that the plan prints beside the chosen one.
+_RUNNERS_UP = 6
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Candidate:
     """One strategy on one mesh.
 
     Attributes:
       strategy, mesh: what it is.
-      rewritten: the step under it; None where it cannot apply, and `why` says so.
+      applies: whether it can be laid out at all; `why` says why not.
       state_bytes: bytes of the arguments on one device.
       collective_seconds: predicted seconds of its collectives.
-      peak_bytes, seconds: after the planner's cut: the peak of the quickest plan that fits, and what it and its
-        collectives take; None where it was not planned.
-      fits: whether a plan fits the device.
+      ladder: the plans of the step under it; None where it was not planned.
+      peak_bytes, seconds: the peak of the quickest plan that fits, and what its repeats and the collectives take.
+      fits: whether a plan fits the budget.
+      missed: whether its plans were compiled, and were over the budget.
     """
 
     strategy: str
     mesh: Mesh
-    rewritten: Rewritten | None = None
+    applies: bool = True
     state_bytes: int = 0
     collective_seconds: float = 0.0
+    ladder: Any = None
     peak_bytes: int | None = None
     seconds: float | None = None
     fits: bool = False
+    missed: bool = False
     why: str = ""
 
     @property
@@ -53,34 +57,23 @@ class Candidate:
         """The strategy and the mesh, in words."""
         return f"{self.strategy} on {'x'.join(map(str, self.mesh.devices.shape))}"
 
-
-def search(mesh: Mesh, make: Callable[[Candidate], None], context: Context) -> list[Candidate]:
-    """Return the candidates, the chosen one first.
-
-    Args:
-      mesh: its devices are used in their order, its axes are not.
-      make: fills in a candidate's step, state bytes and collective seconds; raises `ValueError` where it cannot apply.
-      context: what is known of the step.
-    """
-    found = []
-    for candidate in _candidates(mesh):
-        try:
-            make(candidate)
-        except ValueError as error:
-            candidate.why = str(error)
-        found.append(candidate)
-    limit = limit_bytes(context.target)
-    able = [one for one in found if one.rewritten is not None]
-    able.sort(key=lambda one: (one.collective_seconds, one.state_bytes))
-    if limit is not None:
-        held = [one for one in able if one.state_bytes <= limit]
-        able = [*held, *sorted((o for o in able if o not in held), key=lambda o: o.state_bytes)]
-    best = _best(able, context, limit)
-    rest = sorted((one for one in found if one is not best), key=_rank)
-    return [best, *rest] if best is not None else rest
+    def row(self, *, chosen: bool) -> Decision:
+        """Return what the plan says of it."""
+        if not self.applies:
+            return Decision(f"shard/auto/{self.title}", "", "", 0, "cannot apply", self.why)
+        sent = (
+            f"collectives {self.collective_seconds * 1e3:.3g} ms, arguments {format_bytes(self.state_bytes)} a device"
+        )
+        if self.peak_bytes is None:
+            return Decision(f"shard/auto/{self.title}", "", "", 0, "runner-up", f"{sent}; not planned")
+        fits = "compiled over the budget" if self.missed else "fits" if self.fits else "does not fit"
+        reason = f"{sent}; peak {format_bytes(self.peak_bytes)} predicted, {fits}, {self.seconds * 1e3:.3g} ms in all"
+        choice = "chosen" if chosen else "runner-up"
+        return Decision(f"shard/auto/{self.title}", "", "", self.peak_bytes, choice, reason)
 
 
-def _candidates(mesh: Mesh) -> Iterator[Candidate]:
+def candidates(mesh: Mesh) -> Iterator[Candidate]:
+    """Yield every strategy on every shape of mesh that the search knows."""
     devices = mesh.devices.reshape(-1)
     for strategy in _ONE_AXIS:
         yield Candidate(strategy, Mesh(devices, ("data",)))
@@ -90,20 +83,62 @@ def _candidates(mesh: Mesh) -> Iterator[Candidate]:
                 yield Candidate(strategy, Mesh(devices.reshape(-1, ways), ("data", "model")))
 
 
-def _best(able: list[Candidate], context: Context, limit: int | None) -> Candidate | None:
-    """Plan candidates until no later one can be quicker, and return the quickest that fits, else the smallest."""
+def search(
+    mesh: Mesh,
+    lay_out: Callable[[Candidate], None],
+    plan: Callable[[Candidate], Any],
+    limit: Callable[[Any], int | None],
+) -> Iterator[Any]:
+    """Yield the ladders of the candidates, the best first, each with rows on all of them.
+
+    Whoever compiles the first one and finds it over the budget takes the next one.
+
+    Args:
+      mesh: its devices are used in their order, its axes are not.
+      lay_out: fills in a candidate's state bytes and collective seconds; raises `ValueError` where it cannot apply.
+      plan: makes a candidate's ladder.
+      limit: a ladder, or None -> the budget in bytes, None where there is none.
+
+    Raises:
+      ValueError: no candidate applies.
+    """
+    found = list(candidates(mesh))
+    for one in found:
+        try:
+            lay_out(one)
+        except ValueError as error:
+            one.applies, one.why = False, str(error)
+    able = _ordered([one for one in found if one.applies], limit(None))
+    if not able:
+        why = found[0].why
+        raise ValueError(f"No sharding strategy applies to this step on {mesh.size} devices. {found[0].title}: {why}")
+    _plan_finalists(able, plan, limit)
+    while able:
+        best = min(able, key=_rank)
+        if best.ladder is None:
+            _plan(best, plan, limit)
+        best.ladder.rows = tuple(_rows(best, found))
+        yield best.ladder
+        best.missed = True
+        able.remove(best)
+
+
+def _ordered(able: Sequence[Candidate], limit: int | None) -> list[Candidate]:
+    """Return candidates by their collectives; those whose arguments alone do not fit come last, smallest first."""
+    able = sorted(able, key=lambda one: (one.collective_seconds, one.state_bytes))
+    held = [one for one in able if limit is None or one.state_bytes <= limit]
+    return [*held, *sorted((one for one in able if one not in held), key=lambda one: one.state_bytes)]
+
+
+def _plan_finalists(able: list[Candidate], plan: Callable, limit: Callable) -> None:
+    """Plan candidates until no later one can be quicker than the best that fits."""
     best: Candidate | None = None
-    planned = 0
-    for one in able:
-        if best is not None and best.fits and one.collective_seconds >= best.seconds:
+    for planned, one in enumerate(able):
+        if best is not None and best.fits and (planned >= _FINALISTS or one.collective_seconds >= best.seconds):
             break
-        if planned >= _FINALISTS and best is not None and best.fits:
-            break
-        _plan(one, context, limit)
-        planned += 1
+        _plan(one, plan, limit)
         if best is None or _rank(one) < _rank(best):
             best = one
-    return best
 
 
 def _rank(one: Candidate) -> tuple:
@@ -112,19 +147,19 @@ def _rank(one: Candidate) -> tuple:
         return 0, one.seconds, one.state_bytes
     if one.peak_bytes is not None:
         return 1, one.peak_bytes, one.state_bytes
-    return (2, one.collective_seconds, one.state_bytes) if one.rewritten is not None else (3, 0, 0)
+    return (2, one.collective_seconds, one.state_bytes) if one.applies else (3, 0, 0)
 
 
-def _plan(one: Candidate, context: Context, limit: int | None) -> None:
-    ladder = _planner.make_ladder(
-        one.rewritten.closed,
-        donated=context.donated or (False,) * len(one.rewritten.closed.in_avals),
-        target=context.target,
-        passes=default_passes(),
-        shardings=one.rewritten.shardings,
-    )
-    rungs = ladder.rungs
-    within = [r for r in rungs if limit is None or r.predicted_peak_bytes <= limit]
+def _plan(one: Candidate, plan: Callable[[Candidate], Any], limit: Callable[[Any], int | None]) -> None:
+    one.ladder = plan(one)
+    budget, rungs = limit(one.ladder), one.ladder.rungs[one.ladder.first :]
+    within = [r for r in rungs if budget is None or r.predicted_peak_bytes <= budget]
     chosen = min(within, key=lambda r: r.seconds) if within else min(rungs, key=lambda r: r.predicted_peak_bytes)
     one.fits, one.peak_bytes = bool(within), chosen.predicted_peak_bytes
     one.seconds = one.collective_seconds + chosen.seconds - min(r.seconds for r in rungs)
+
+
+def _rows(best: Candidate, found: Sequence[Candidate]) -> Iterator[Decision]:
+    yield best.row(chosen=True)
+    others = sorted((one for one in found if one is not best), key=lambda one: (not one.missed, *_rank(one)))
+    yield from (one.row(chosen=False) for one in others[:_RUNNERS_UP])

@@ -38,9 +38,9 @@ def _sent(flow: Flow, rules: Rules, found: Places) -> Iterator[tuple[tuple[str, 
         trips = flow.trips[id(body)]
         for eqn in body.eqns:
             for position, atom in enumerate(eqn.invars):
-                spec = found.used.get((id(eqn), position))
-                if spec is not None and is_var(atom):
-                    yield from _gathered(atom, spec, rules, trips)
+                specs = found.used.get((id(eqn), position))
+                if specs is not None and is_var(atom):
+                    yield from _gathered(atom, specs[-1], rules, trips)
             if eqn.primitive.name in _fusion.MATMULS:
                 yield from _summed(eqn, rules, found, trips)
             elif eqn.primitive.name == "gather" and len(found.made.get(eqn.outvars[0], ())) > 1:

@@ -25,7 +25,7 @@ class Places:
 
     Attributes:
       made: variable -> specs, one after the other, right after it is made.
-      used: (id of an equation, operand) -> the operand's spec at this use.
+      used: (id of an equation, operand) -> specs of the operand at this use, one after the other.
       results: output -> specs, one after the other, at the end.
       inputs: spec of each input.
       outputs: spec of each output; None leaves it to XLA.
@@ -33,7 +33,7 @@ class Places:
     """
 
     made: dict[Any, tuple[Spec, ...]] = dataclasses.field(default_factory=dict)
-    used: dict[tuple[int, int], Spec] = dataclasses.field(default_factory=dict)
+    used: dict[tuple[int, int], tuple[Spec, ...]] = dataclasses.field(default_factory=dict)
     results: dict[int, tuple[Spec, ...]] = dataclasses.field(default_factory=dict)
     inputs: list[Spec] = dataclasses.field(default_factory=list)
     outputs: list[Spec | None] = dataclasses.field(default_factory=list)
@@ -78,6 +78,24 @@ def _gradients(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
         spec = rules.stored(flow.jaxpr.invars[leaf], rules.layout.gradients)[taken:]
         if len(spec) == len(shape_of(var)):
             found.made[var] = (spec,)
+            _scatter(flow, var, spec, rules, found)
+
+
+def _scatter(flow: Flow, var: Any, spec: Spec, rules: Rules, found: Places) -> None:
+    """Bring what is added to rows of a table's gradient to its split along features, where that takes two moves."""
+    eqn = flow.makers.get(var, (None, 0))[0]
+    if eqn is None or eqn.primitive.name not in _SCATTERS:
+        return
+    numbers, updates = eqn.params["dimension_numbers"], eqn.invars[2]
+    kept = [d for d in range(len(spec)) if d not in numbers.inserted_window_dims]
+    if len(kept) != len(numbers.update_window_dims) or any(spec[d] for d in numbers.inserted_window_dims):
+        return
+    rows: list[tuple[str, ...]] = [()] * len(shape_of(updates))
+    for dim, source in zip(numbers.update_window_dims, kept, strict=True):
+        rows[dim] = spec[source]
+    back = _moves(tuple(rows), rules.value(updates))[:-1][::-1]
+    if back:
+        found.used[id(eqn), 2] = (*back, tuple(rows))
 
 
 def _weights(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
@@ -91,7 +109,7 @@ def _weights(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
             if eqn.primitive.name in _LOOKUPS and position == 0:
                 _look_up(eqn, tuple(stored[d] if d is not None else () for d in dims), rules, found)
                 continue
-            found.used[id(eqn), position] = at_use
+            found.used[id(eqn), position] = (at_use,)
             found.gathered += eqn.invars[position].aval.size * eqn.invars[position].aval.dtype.itemsize
 
 
@@ -146,13 +164,31 @@ def _look_up(eqn: Any, stored: Spec, rules: Rules, found: Places) -> None:
     gone = {*getattr(numbers, "collapsed_slice_dims", ()), *getattr(numbers, "operand_batching_dims", ())}
     kept = [d for d in range(len(stored)) if d not in gone]
     if len(kept) != len(offsets) or not any(stored[d] for d in kept) or any(stored[d] for d in gone):
-        found.used[id(eqn), 0] = tuple(() for _ in stored)
+        found.used[id(eqn), 0] = (tuple(() for _ in stored),)
         return
     rows: list[tuple[str, ...]] = [()] * len(shape_of(out))
     for dim, source in zip(offsets, kept, strict=True):
         rows[dim] = stored[source]
-    found.used[id(eqn), 1] = ((),) * len(shape_of(eqn.invars[1]))
-    found.made[out] = (tuple(rows), rules.value(out))
+    found.used[id(eqn), 1] = (((),) * len(shape_of(eqn.invars[1])),)
+    found.made[out] = (tuple(rows), *_moves(tuple(rows), rules.value(out)))
+
+
+def _moves(start: Spec, end: Spec) -> list[Spec]:
+    """Return the specs on the way from rows split along features to rows split along the batch and the sequence.
+
+    An all-to-all moves what is innermost in the features: axes that go to two dimensions take two.
+    """
+    steps, here = [], [list(axes) for axes in start]
+    features = max(range(len(start)), key=lambda d: len(start[d]))
+    while here[features]:
+        last = here[features][-1]
+        dim = next((d for d, axes in enumerate(end) if last in axes and d != features), None)
+        if dim is None or here[features][-len(end[dim]) :] != list(end[dim]):
+            break
+        del here[features][-len(end[dim]) :]
+        here[dim] = list(end[dim])
+        steps.append(tuple(map(tuple, here)))
+    return steps if steps and steps[-1] == end else [*steps, end]
 
 
 def _outputs(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:

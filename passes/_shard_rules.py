@@ -88,7 +88,7 @@ def _layout_of_parts(mesh: Any, parts: Sequence[str], text: str) -> Layout:
     context = tuple(a for a in names if a in _CONTEXT) if "context" in parts else ()
     needs = [part for part, axes in (("tensor", model), ("context", context)) if _asks(part, parts) and not axes]
     free = [a for a in names if a not in (*model, *context)]
-    others = any(part in _ZERO for part in parts)
+    others = any(part in _ZERO for part in parts) and "context" not in parts
     if len(free) < len(needs) + others:
         shape = dict(mesh.shape)
         raise ValueError(
@@ -102,9 +102,10 @@ def _layout_of_parts(mesh: Any, parts: Sequence[str], text: str) -> Layout:
             context = (free.pop(),)
     data = tuple(free)
     zero = next((_ZERO[part] for part in parts if _ZERO.get(part)), "")
-    axes = {key: data if key[0] in zero else () for key in _STATE}
+    every = (*data, *context)  # each part of a sequence uses all weights, as each part of a batch does
+    axes = {key: every if key[0] in zero else () for key in _STATE}
     if "hierarchical" in parts:
-        axes.update(parameters=data[-1:], gradients=data[-1:])
+        axes.update(parameters=every[-1:], gradients=every[-1:])
     tensor = model if "tensor" in parts else ()
     return Layout(data, tensor=tensor, sequence=model if "sequence" in parts else (), context=context, **axes)
 
@@ -263,13 +264,15 @@ class Rules:
     def stored(self, var: Any, axes: tuple[str, ...]) -> Spec:
         """Return how a leaf is split for storage: as it is used, and over `axes` along one more dimension.
 
+        Axes of features that do not split this leaf's features count among `axes`, where there are any.
         The dimension is the one that wastes fewest bytes to tile padding, never one that a loop slices if another one
         divides. Where none divides by all axes, as many as possible are taken, the inner ones first.
         """
         spec = self.features(var)
         if var.aval.size < self.least_elements or not shape_of(var):
             return spec
-        free = tuple(a for a in axes if not any(a in s for s in spec))
+        every = (*axes, *(a for a in self.layout.tensor if axes and a not in axes))
+        free = tuple(a for a in every if not any(a in s for s in spec))
         for first in range(len(free)):
             best = self._best_dim(var, spec, free[first:])
             if best is not None:

@@ -7,14 +7,14 @@ activations and weights, and a row of the plan for each kind of leaf. XLA's own 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from jax.sharding import Mesh, NamedSharding
 
+from memopt import _compat as c
+from memopt import _inline
 from memopt._contract import Context, Left, Repeat, Rewritten
-from memopt._errors import format_bytes
 from memopt._local import Shardings, spec_of
 from memopt._plan import Decision
 from memopt._specs import spec_for
@@ -22,6 +22,7 @@ from memopt._survey import Survey
 from memopt._target import Target
 from memopt.passes import (
     _shard_apply,
+    _shard_attention,
     _shard_auto,
     _shard_cost,
     _shard_flow,
@@ -30,9 +31,6 @@ from memopt.passes import (
     _shard_rules,
     _shard_tensor,
 )
-
-#: Candidates of `"auto"` that the plan prints beside the chosen one.
-_RUNNERS_UP = 6
 
 _KINDS = (_shard_roles.PARAMETER, _shard_roles.MOMENT, _shard_roles.BATCH, _shard_roles.OTHER)
 
@@ -53,11 +51,15 @@ class Shard:
         split), `"zero1"` (and the moments), `"zero2"` (and the gradients), `"zero3"` (and the parameters),
         `"hierarchical"` (parameters and gradients over the last data axis, moments over all), `"tensor"` (features, in
         columns and rows, the vocabulary among them), `"sequence"` (the sequence, between the parts of `"tensor"`),
-        `"context"` (the sequence everywhere; keys and values are brought together for attention). In a string,
+        `"context"` (the sequence everywhere, in attention too: see `attention`). In a string,
         axes named `model`, `tensor` or `context` go to these parts, else the last ones; all others are for data.
         `"auto"` takes the mesh's devices, not its axes, and searches over strategies and mesh shapes: the quickest
         predicted one (collectives on the mesh's links, and what the cut repeats) among those that fit the device.
       least_elements: smaller leaves are not split for storage.
+      attention: how attention sees the other parts of a sequence that `"context"` splits. `"ring"`: keys and values
+        pass by, partial results are merged exactly; `"ulysses"`: an all-to-all splits heads instead of the sequence
+        for the time of the attention; `"gather"`: XLA brings keys and values together. Attention that the first two
+        cannot take (array masks, biases) is left to the third, and the plan says so.
 
     Raises:
       TypeError: `mesh` is none.
@@ -71,16 +73,18 @@ class Shard:
 
     Source: Rajbhandari et al., "ZeRO", SC 2020; Zhang et al., "SimpleFSDP", 2024 (arXiv 2411.00284); Shoeybi et al.,
     "Megatron-LM", 2019, section 3; Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models",
-    2022, section 4.2.2 ("sequence").
+    2022, section 4.2.2 ("sequence"); Liu et al., "Ring Attention", 2023; Jacobs et al., "DeepSpeed Ulysses", 2023.
     Limits: exact up to the order of sums. What the user constrained stays as it is. `shard_map` bodies are not entered.
     """
 
     mesh: Mesh
     strategy: str | Mapping[str, Any] = "zero3"
     least_elements: int = 1024
+    attention: str = "ring"
 
     stage: ClassVar[int] = 50
     optional: ClassVar[bool] = False
+    partitions: ClassVar[bool] = True
 
     def __post_init__(self):
         if not isinstance(self.mesh, Mesh):
@@ -90,6 +94,8 @@ class Shard:
         if isinstance(self.strategy, Mapping):
             pairs = ((k, v if isinstance(v, (str, type(None))) else tuple(v)) for k, v in self.strategy.items())
             object.__setattr__(self, "strategy", tuple(sorted(pairs)))
+        if self.attention not in _shard_attention.FORMS:
+            raise ValueError(f"Unknown attention={self.attention!r}. Give one of {', '.join(_shard_attention.FORMS)}.")
         if self.strategy != "auto":
             _shard_rules.layout(self.mesh, self._asked)
 
@@ -107,30 +113,63 @@ class Shard:
     def _asked(self) -> str | Mapping[str, Any]:
         return self.strategy if isinstance(self.strategy, str) else dict(self.strategy)
 
-    def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
-        """Return the step with sharding constraints on the mesh."""
-        flow = _shard_flow.Flow(closed)
+    def parts(self) -> list[Any]:
+        """Return the rewriters that do this pass's work, attention over a split sequence first."""
+        layout = None if self.searches else _shard_rules.layout(self.mesh, self._asked)
+        if layout is None or not layout.context or self.attention == "gather":
+            return [self]
+        axes = layout.context, layout.batch, layout.tensor
+        return [_shard_attention.ContextAttention(self._auto_mesh, *axes, form=self.attention), self]
+
+    @property
+    def searches(self) -> bool:
+        """Whether the strategy is searched for: then `search` makes the plans, and `rewrite` cannot run."""
+        return self.strategy == "auto"
+
+    def search(
+        self,
+        closed: Any,
+        context: Context,
+        plan: Callable[[Shard], Any],
+        limit: Callable[[Any], int | None],
+    ) -> Iterator[Any]:
+        """Yield the ladders of the candidates of `"auto"`, the best first.
+
+        Args:
+          closed: the step as written.
+          context: what is known of it.
+          plan: a pass to take the place of this one -> the ladder of the step with it.
+          limit: a ladder, or None -> the budget in bytes, None where there is none.
+        """
+        flat = _inline.inline(closed)
+        flow = _shard_flow.Flow(c.close(c.dce(flat)[0], c.jaxpr_consts(flat)))
         roles = _shard_roles.roles(flow, context.paths, context.out_paths)
         groups = _shard_flow.Groups(flow)
-        if self.strategy != "auto":
-            return self._apply(closed, context, flow, roles, groups)[0]
-        make = functools.partial(self._try, closed, context, flow, roles, groups)
-        best, *others = _shard_auto.search(self.mesh, make, context)
-        if best.rewritten is None:
-            raise ValueError(f"No sharding strategy applies to this step on {self.mesh.size} devices: {best.why}")
-        rows = (_auto_row(best, chosen=True), *best.rewritten.rows, *(_auto_row(one) for one in others[:_RUNNERS_UP]))
-        return dataclasses.replace(best.rewritten, rows=rows)
 
-    def _try(self, closed: Any, context: Context, flow: Any, roles: Any, groups: Any, one: Any) -> None:
-        """Fill in a candidate of the search."""
-        shard = dataclasses.replace(self, mesh=one.mesh, strategy=one.strategy)
-        one.rewritten, rules, found = shard._apply(closed, context, flow, roles, groups)
-        pairs = zip(flow.jaxpr.invars, found.inputs, strict=True)
-        one.state_bytes = sum(_bytes(var) // _ways(rules, spec) for var, spec in pairs)
-        one.collective_seconds = _shard_cost.collective_seconds(flow, rules, found, context.target)
+        def lay_out(one: _shard_auto.Candidate) -> None:
+            rules = self._as(one)._rules(flow, roles, context, groups)
+            found = _shard_places.places(flow, roles, rules)
+            pairs = zip(flow.jaxpr.invars, found.inputs, strict=True)
+            one.state_bytes = sum(_bytes(var) // _ways(rules, spec) for var, spec in pairs)
+            one.collective_seconds = _shard_cost.collective_seconds(flow, rules, found, context.target)
 
-    def _apply(self, closed: Any, context: Context, flow: Any, roles: Any, groups: Any) -> tuple[Rewritten, Any, Any]:
-        rules = self._rules(flow, roles, context, groups)
+        return _shard_auto.search(self.mesh, lay_out, lambda one: plan(self._as(one)), limit)
+
+    def saved_in(self, passes: str) -> Shard:
+        """Return the candidate that a saved plan names among its passes; this pass itself where it names none."""
+        named = (self._as(one) for one in _shard_auto.candidates(self.mesh))
+        return next((shard for shard in named if repr(shard) in passes), self)
+
+    def _as(self, one: _shard_auto.Candidate) -> Shard:
+        return dataclasses.replace(self, mesh=one.mesh, strategy=one.strategy)
+
+    def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
+        """Return the step with sharding constraints on the mesh."""
+        if self.searches:
+            raise RuntimeError("Shard(strategy='auto') has no strategy before its search: plan by memopt.optimize.")
+        flow = _shard_flow.Flow(closed)
+        roles = _shard_roles.roles(flow, context.paths, context.out_paths)
+        rules = self._rules(flow, roles, context)
         found = _shard_places.places(flow, roles, rules)
         _keep_users(found, flow, roles, context)
         closed = _shard_apply.constrain(closed, self._auto_mesh, found.made, found.used, found.results)
@@ -138,7 +177,7 @@ class Shard:
         inputs = tuple(_shard_apply.named(mesh, spec) for spec in found.inputs)
         outputs = tuple(None if spec is None else _shard_apply.named(mesh, spec) for spec in found.outputs)
         rows, left = tuple(_rows(flow, roles, rules, found)), tuple(_left(flow, roles, found, context))
-        return Rewritten(closed, rows, left, shardings=Shardings(inputs, outputs)), rules, found
+        return Rewritten(closed, rows, left, shardings=Shardings(inputs, outputs))
 
     def propose(self, survey: Survey) -> Iterator[Repeat]:
         """Yield a `Repeat` for each constraint, so that weights may be gathered again for the backward pass."""
@@ -160,18 +199,6 @@ class Shard:
             chosen = _shard_tensor.tensor_groups(flow, groups, roles, ways, taken, spec)
             rules.tensor.update(dict.fromkeys(chosen, layout.tensor))
         return rules
-
-
-def _auto_row(one: _shard_auto.Candidate, *, chosen: bool = False) -> Decision:
-    """Return what the plan says of a candidate."""
-    if one.rewritten is None:
-        return Decision(f"shard/auto/{one.title}", "", "", 0, "cannot apply", one.why)
-    sent = f"collectives {one.collective_seconds * 1e3:.3g} ms, arguments {format_bytes(one.state_bytes)} a device"
-    if one.peak_bytes is None:
-        return Decision(f"shard/auto/{one.title}", "", "", 0, "runner-up", f"{sent}; not planned")
-    fits = "fits" if one.fits else "does not fit"
-    reason = f"{sent}; peak {format_bytes(one.peak_bytes)} predicted, {fits}, {one.seconds * 1e3:.3g} ms with repeats"
-    return Decision(f"shard/auto/{one.title}", "", "", one.peak_bytes, "chosen" if chosen else "runner-up", reason)
 
 
 def _keep_users(found: _shard_places.Places, flow: Any, roles: Any, context: Context) -> None:

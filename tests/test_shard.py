@@ -1,6 +1,7 @@
 """Tests of the sharding pass: what it finds on dataflow, equality on eight faked devices, the collectives, errors."""
 
 import collections
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 
 import memopt
 from memopt import _compat as c
-from memopt import _inline
+from memopt import _inline, _verify
 from memopt._collectives import totals
 from memopt._contract import Context
 from memopt._target import Target
@@ -346,13 +347,69 @@ def test_auto_takes_the_quickest_that_fits_and_shows_the_runners_up():
     assert sent[0] <= min(float(d.reason.split()[1]) for d in rows if "not planned" in d.reason)
 
 
-def test_auto_takes_less_memory_where_the_quickest_does_not_fit(monkeypatch):
+def test_auto_takes_less_memory_where_the_quickest_does_not_fit():
     fn, args = make_step()
     passes = [Shard(mesh_of("data"), "auto", least_elements=64)]
     free = memopt.optimize(fn, passes=passes).plan(*args)
-    chosen = {d.name: d for d in free.decisions if d.name.startswith("shard/auto/")}
-    limit = next(d for d in chosen.values() if d.choice == "chosen").value_bytes - 1
-    monkeypatch.setattr(_shard_auto, "limit_bytes", lambda target: limit)
-    tight = memopt.optimize(fn, passes=passes).plan(*args)
+    chosen = next(d for d in free.decisions if d.choice == "chosen")
+    tight = memopt.optimize(fn, passes=passes, budget=chosen.value_bytes - 1).plan(*args)
     best = next(d for d in tight.decisions if d.choice == "chosen")
-    assert best.value_bytes <= limit and "fits" in best.reason and "does not" not in best.reason
+    assert best.value_bytes < chosen.value_bytes and ", fits" in best.reason
+
+
+def test_auto_goes_on_to_the_next_one_where_the_compiled_step_is_over_the_budget(monkeypatch):
+    fn, args = make_step()
+    passes = [Shard(mesh_of("data"), "auto", least_elements=64)]
+    free = memopt.optimize(fn, passes=passes).plan(*args)
+    first = next(d for d in free.decisions if d.choice == "chosen")
+    real, seen = _verify.compile_rung, []
+
+    def over(program, args, kwargs):
+        compiled, memory = real(program, args, kwargs)
+        strategy = program.ladder.rows[0].name
+        seen.append(strategy)
+        size = program.budget_bytes + (1 if strategy == first.name else 0)
+        memory = dataclasses.replace(memory, peak_bytes=size)
+        program.measured[program.index] = memory.peak_bytes
+        return compiled, memory
+
+    monkeypatch.setattr(_verify, "compile_rung", over)
+    step = memopt.optimize(fn, passes=passes, budget="1GiB")
+    step.lower(*args).compile()
+    rows = {d.name: d for d in step.plan(*args).decisions if d.name.startswith("shard/auto/")}
+    assert rows[first.name].choice == "runner-up" and "compiled over the budget" in rows[first.name].reason
+    assert seen[0] == first.name and rows[seen[-1]].choice == "chosen" != first.name
+    placed = step.shardings(*args)[0][0]
+    shape = next(iter(jax.tree.leaves(placed))).mesh.devices.shape
+    assert seen[-1].endswith("on " + "x".join(map(str, shape)))
+
+
+def test_a_saved_plan_of_auto_is_applied_without_a_search(monkeypatch):
+    fn, args = make_step()
+    passes = [memopt.passes.Remat(), Shard(mesh_of("data"), "auto", least_elements=64)]
+    plan = memopt.optimize(fn, passes=passes).plan(*args)
+    monkeypatch.setattr(_shard_auto, "search", lambda *_: pytest.fail("searched"))
+    again = memopt.optimize(fn, passes=passes, plan=memopt.Plan.from_json(plan.to_json()))
+    assert again.plan(*args).predicted_peak_bytes == plan.predicted_peak_bytes
+
+
+def test_auto_with_nothing_that_applies():
+    fn, (state, batch) = make_step()
+    odd = jax.tree.map(lambda x: x[:7, :7], batch)
+    with pytest.raises(ValueError, match=r"No sharding strategy applies to this step on 8 devices.*batch of 7"):
+        memopt.optimize(fn, passes=[Shard(mesh_of("data"), "auto")]).plan(state, odd)
+
+
+def test_kernels_of_a_step_to_be_sharded_are_plain_jax():
+    step, args, _ = reference_step("llama_1b", tiny=True, batch=8)
+    mesh = memopt.mesh("tpu:v5e:2x4", (8,), ("data",))
+    passes = [*memopt.passes.default(), Shard(mesh, "zero3")]
+    jaxpr = memopt.optimize(step, passes=passes, target="tpu:v5e:2x4").trace(*args).jaxpr
+    assert "pallas_call" not in {eqn.primitive.name for eqn in all_eqns(jaxpr)}
+
+
+def all_eqns(jaxpr):
+    for eqn in c.open_jaxpr(jaxpr).eqns:
+        yield eqn
+        for _, _, body in c.subjaxprs(eqn.params):
+            yield from all_eqns(body)

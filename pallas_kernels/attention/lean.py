@@ -39,6 +39,8 @@ def forward(
     bias: jax.Array | None,
     extras: Extras,
     blocks: tuple[int, int] | None = None,
+    *,
+    wide: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Compute attention block by block.
 
@@ -47,6 +49,7 @@ def forward(
     Args:
         spec, q, k, v, bias, extras: as in `reference.attention`.
         blocks: `(block_q, block_k)`, None to choose by shape.
+        wide: return the output in float32 or wider, as parts of one that are still to be merged want it.
 
     Returns:
         The output, `[batch, queries, heads, value_dim]`, and the log-sum-exp of each row in two parts, `[batch, heads,
@@ -58,12 +61,13 @@ def forward(
     "Self-attention does not need O(n^2) memory"; Dao 2023, "FlashAttention-2".
     """
     p = _problem(spec, q, k, v, bias, extras, blocks)
-    wide = wide_dtype(q.dtype)
+    dtype = wide_dtype(q.dtype)
+    made = dtype if wide else q.dtype
     lead = p.q.shape[:4]
     start = (
-        jnp.full(lead, LOWEST, wide),
-        jnp.zeros(lead, wide),
-        jnp.zeros((*lead, v.shape[-1]), wide),
+        jnp.full(lead, LOWEST, dtype),
+        jnp.zeros(lead, dtype),
+        jnp.zeros((*lead, v.shape[-1]), dtype),
     )
 
     def step(carry, block):
@@ -71,13 +75,13 @@ def forward(
 
     (top, total, acc), _ = lax.scan(step, start, _list(spec, p, q.shape[1]))
     if spec.kind == "sigmoid":
-        return _by_rows(acc, q.shape[1]).astype(q.dtype), jnp.zeros((q.shape[0], q.shape[2], 2, q.shape[1]), wide)
+        return _by_rows(acc, q.shape[1]).astype(made), jnp.zeros((q.shape[0], q.shape[2], 2, q.shape[1]), dtype)
     empty = total == 0
     out = acc / jnp.where(empty, 1, total)[..., None]
     rest = jnp.where(empty, jnp.inf, jnp.log(jnp.where(empty, 1, total)))
     lse = jnp.stack([top, rest], axis=3)
     lse = lse.reshape(lse.shape[0], -1, 2, lse.shape[4])[..., : q.shape[1]]
-    return _by_rows(out, q.shape[1]).astype(q.dtype), lse
+    return _by_rows(out, q.shape[1]).astype(made), lse
 
 
 def backward(
@@ -91,30 +95,34 @@ def backward(
     lse: jax.Array,
     cotangent: jax.Array,
     blocks: tuple[int, int] | None = None,
+    *,
+    wide: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute the gradients of q, k and v from the output and the log-sum-exp, repeating the scores block by block.
 
     Args:
         spec, q, k, v, bias, extras, blocks: as in `forward`.
+        wide: return gradients in float32 or wider, as parts of sums want it.
         out, lse: what `forward` returned.
         cotangent: of the output.
 
     Returns:
-        Gradients shaped and typed like q, k and v.
+        Gradients shaped like q, k and v, and typed like them or wide.
 
     Source: Dao 2023, "FlashAttention-2", algorithm 2.
     """
     p = _problem(spec, q, k, v, bias, extras, blocks)
-    wide = wide_dtype(q.dtype)
+    dtype = wide_dtype(q.dtype)
     saved = _saved(p, out, lse, cotangent)
-    start = tuple(jnp.zeros(x.shape, wide) for x in (p.q, p.k, p.v))
+    start = tuple(jnp.zeros(x.shape, dtype) for x in (p.q, p.k, p.v))
 
     def step(carry, block):
         return _backward_block(spec, p, saved, carry, block), None
 
     (dq, dk, dv), _ = lax.scan(step, start, _list(spec, p, q.shape[1]))
     dk, dv = (x.swapaxes(1, 2)[:, : k.shape[1]] for x in (dk, dv))
-    return _by_rows(dq * spec.scale, q.shape[1]).astype(q.dtype), (dk * spec.scale).astype(k.dtype), dv.astype(v.dtype)
+    grads = _by_rows(dq * spec.scale, q.shape[1]), dk * spec.scale, dv
+    return grads if wide else tuple(g.astype(x.dtype) for g, x in zip(grads, (q, k, v), strict=True))
 
 
 def bias_gradient(

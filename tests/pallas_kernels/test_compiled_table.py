@@ -15,7 +15,13 @@ import jax.numpy as jnp
 import memopt.pallas_kernels
 from memopt import _compat as c
 from memopt.pallas_kernels import linear_cross_entropy, quantize_weight, quantized_matmul
-from tests.pallas_kernels import test_attention, test_linear_cross_entropy, test_quantized_matmul
+from tests.pallas_kernels import (
+    test_attention,
+    test_gated_mlp,
+    test_linear_cross_entropy,
+    test_norms,
+    test_quantized_matmul,
+)
 
 SOURCES = pathlib.Path(memopt.pallas_kernels.__file__).parent
 
@@ -57,7 +63,21 @@ def _products() -> Iterator[str]:
         yield from _called(jax.make_jaxpr(step)(jax.ShapeDtypeStruct((tokens, rows), jnp.bfloat16), weight))
 
 
+def _norms() -> Iterator[str]:
+    for _, norm, shape, parameters in test_norms.AOT:
+        step, arguments = test_norms.step_and_arguments(norm, shape, parameters)
+        yield from _called(jax.make_jaxpr(step)(*arguments))
+
+
+def _gated() -> Iterator[str]:
+    for _, shape, activation in test_gated_mlp.AOT:
+        step, arguments = test_gated_mlp.step_and_arguments(shape, activation)
+        yield from _called(jax.make_jaxpr(step)(*arguments))
+    step, arguments = test_gated_mlp.gated_step("silu", (1000, 5632))
+    yield from _called(jax.make_jaxpr(step)(*arguments))
+
+
 def test_every_kernel_is_in_a_table():
-    called = {*_attention(), *_losses(), *_products()}
-    assert len(called) >= 9
+    called = {*_attention(), *_losses(), *_products(), *_norms(), *_gated()}
+    assert len(called) >= 17
     assert called == _named()
