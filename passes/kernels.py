@@ -51,7 +51,8 @@ class Kernels:
         attention: replace attention.
         losses: replace matmuls into a cross-entropy.
         gated_mlps: replace gated MLPs; None for those whose hidden activations are much: the five arrays of them that
-            a backward pass holds at least 64 MiB and a twentieth of the step's arguments.
+            a backward pass holds at least 64 MiB and a twentieth of the step's arguments. In a step that is
+            partitioned over devices None replaces none: the pure-JAX form walks along the features that devices split.
 
     Example:
         >>> import memopt
@@ -92,9 +93,12 @@ class Kernels:
 
     def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
         """Return the step with every proven pattern replaced, or None where there is none and nothing to say."""
+        if context.partitioned and self._on() == ["gated_mlps"] and self.gated_mlps is None:
+            return None
         platform = "cpu" if context.partitioned else getattr(context.target, "platform", "cpu")
         given = sum(aval.size * aval.dtype.itemsize for aval in closed.in_avals)
-        work = _Work(platform, self, 0 if self.gated_mlps else max(_LEAST_BYTES, _LEAST_SHARE * given))
+        least_bytes = 0 if self.gated_mlps else max(_LEAST_BYTES, _LEAST_SHARE * given)
+        work = _Work(platform, self, least_bytes, context.partitioned)
         base = work.level(c.open_jaxpr(closed))
         if not work.rows and not work.left:
             return None
@@ -105,8 +109,9 @@ class Kernels:
 class _Work(Walk):
     """One rewrite of a step by kernels."""
 
-    def __init__(self, platform: str, settings: Kernels, least_bytes: float):
+    def __init__(self, platform: str, settings: Kernels, least_bytes: float, parts: int):
         super().__init__()
+        self.parts = max(1, parts)
         self.platform, self.settings, self.least_bytes = platform, settings, least_bytes
 
     def space(self, jaxpr: Any, pair: tuple[int, int] | None, quiet: bool) -> Any:
@@ -125,7 +130,7 @@ class _Work(Walk):
             if isinstance(found, str):
                 self.leave(node, found, quiet)
             else:
-                call = _attention_call.make(space, found, self.platform)
+                call = _attention_call.make(space, found, self.platform, self.parts)
                 edit.replace(call, call.found.out)
                 self.rows.append(_row(space, call, len(self.rows)))
         if pair is None and settings.losses:
@@ -151,7 +156,7 @@ class _Work(Walk):
         for node, found in _match_loss.find(space):
             if not isinstance(found, str):
                 try:
-                    call = _loss_call.make(space, found, self.platform)
+                    call = _loss_call.make(space, found, self.platform, self.parts)
                 except NotImplementedError as error:
                     found = str(error)
             if isinstance(found, str):
