@@ -48,7 +48,7 @@ class Rules:
       softmax_row: rows of at most this many elements go from the matmul through their maximum to `x - max` in one
         kernel, so that only `x - max` is stored, in the wider type.
       repeats_softmax: whether exponentials are computed again in each matmul that reads them: "always", "fused" (only
-        behind such a kernel) or "never".
+        behind such a kernel, or where the maxima of the rows are known before) or "never".
       widens_halves: bfloat16 and float16 are computed in float32: what matmuls read and make is stored wide, and what a
         loop's body reads is cast as a whole before the loop (CPU).
     """
@@ -90,6 +90,7 @@ def materialised(jaxpr: Any, platform: str) -> set[Any]:
 
 
 _ERRORS = frozenset({"erf", "erfc", "erf_inv"})
+_MASKS = frozenset({"select_n", "add"})
 _QUOTIENTS = frozenset({"exp", "exp2", "logistic"})
 FREE, INFINITE = -1, 1 << 60
 #: How many operations a kernel that nothing waits for is put off by at most.
@@ -182,7 +183,10 @@ class Fusion:
                 self.mix[out] = tuple(sorted(mixed)[-_SOURCES:])
 
     def _ends_softmax(self, op: tg.Op) -> bool:
-        """Whether this is `x - max(x)` behind a matmul, which the TPU backend computes in the matmul's kernel."""
+        """Whether this is `x - max(x)` of a masked product, which the TPU backend computes in the matmul's kernel.
+
+        Without a mask the product itself is stored, in its own type.
+        """
         if not self.rules.softmax_row or -1 in op.ins:
             return False
         graph, (x, top) = self.graph, op.ins
@@ -191,7 +195,7 @@ class Fusion:
         maker = graph.ops[graph.maker[top]] if top >= 0 and graph.maker[top] >= 0 else None
         if not (128 <= row <= self.rules.softmax_row and row % 128 == 0 and maker and source >= 0):
             return False
-        if maker.name != "reduce_max" or self.base[maker.ins[0]] != source:
+        if maker.name != "reduce_max" or self.base[maker.ins[0]] != source or not self._chain_has(x, _MASKS):
             return False
         self.fused_max[source] = {graph.maker[top], graph.maker[op.outs[0]]}
         self.softmaxes.add(op.outs[0])
@@ -310,9 +314,18 @@ class Fusion:
             return False
         row = (getattr(graph.avals[value], "shape", ()) or (1,))[-1]
         mix = self.mix.get(value, (self.base[value],))
-        if mode == "always" or row % 128 or (mode == "fused" and mix[0] in self.softmaxes):
+        if mode == "always" or row % 128:
+            return False
+        if mode == "fused" and (mix[0] in self.softmaxes or self._is_without_maximum(mix[0])):
             return False
         return self._chain_has(value, _QUOTIENTS)
+
+    def _is_without_maximum(self, source: int) -> bool:
+        """Whether a matmul made `source` and nothing takes its maximum: a softmax of it has kept its statistics."""
+        maker, ops = self.graph.maker[source], self.graph.ops
+        if maker < 0 or ops[maker].name not in MATMULS:
+            return False
+        return all(ops[reader].name != "reduce_max" for reader in self.graph.uses[source])
 
     def _chain_has(self, value: int, names: frozenset[str], depth: int = 24) -> bool:
         """Whether one of `names` lies between `value` and what it is computed from."""

@@ -43,6 +43,7 @@ class Rung:
     Attributes:
       closed: the rewritten closed jaxpr, with the step's own inputs and outputs.
       predicted_peak_bytes: predicted peak per device.
+      packed_peak_bytes: the same if the compiler's heap had no holes: the least that it can come to.
       seconds: predicted time that the plan adds to the step as written.
       recompute_flops: matmul and convolution FLOPs that it adds.
       choice: what is run again where, and what is kept in another form.
@@ -53,6 +54,7 @@ class Rung:
 
     closed: Any
     predicted_peak_bytes: int
+    packed_peak_bytes: int
     seconds: float
     recompute_flops: float
     choice: Choice
@@ -67,7 +69,7 @@ class Rung:
 
 def plain_rung(step: Step, donated: Sequence[bool]) -> Rung:
     timeline = _timeline.simulate(step.closed, donated=donated, target=step.target, local=step.local)
-    return Rung(step.closed, timeline.peak_bytes, 0.0, 0.0, Choice({}), step)
+    return Rung(step.closed, timeline.peak_bytes, timeline.packed_peak_bytes, 0.0, 0.0, Choice({}), step)
 
 
 class Search:
@@ -273,7 +275,8 @@ class Search:
             own = _settled.tables(self.survey.graph)[1]
             usage = usage_of(c.open_jaxpr(closed), timeline, own, bins, self.survey.bins)
             timeline.release()
-            self.seen[key] = Rung(closed, timeline.peak_bytes, seconds, flops, choice, self.step, price, usage)
+            peaks = timeline.peak_bytes, timeline.packed_peak_bytes
+            self.seen[key] = Rung(closed, *peaks, seconds, flops, choice, self.step, price, usage)
         return self.seen[key]
 
     def _asked(self, repeats: Mapping[int, frozenset[int]]) -> dict[int, Any]:

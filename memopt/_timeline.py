@@ -21,8 +21,9 @@ from memopt._fusion import rules_for
 from memopt._timeline_run import Run
 
 MIB = 1 << 20
-#: The part of the vector memory in which XLA:TPU keeps short-lived values; the rest holds prefetched operands.
-FAST_MEMORY_BYTES = {"v5e": 72 * MIB, "v6e": 40 * MIB, "v5p": 24 * MIB}
+#: The part of the vector memory in which XLA:TPU keeps short-lived values, and on which devices; the rest holds
+#: prefetched operands.
+FAST_MEMORY_BYTES, FAST_KINDS = 72 * MIB, frozenset({"v5e", "v5p", "v6e"})
 
 #: XLA:TPU starts every buffer, however small, on a multiple of this.
 SMALL_BUFFER_BYTES = 16 * 1024
@@ -51,6 +52,7 @@ class Timeline:
 
     `usage` holds the bytes of temporaries alive while each equation of the jaxpr runs, bodies included. `temp_bytes` is
     what the compiler reports for them, which on TPU is more than the largest `usage`: it counts the holes of its heap.
+    `packed_peak_bytes` is the peak with a heap that has no holes, the least that any layout can come to.
     """
 
     argument_bytes: int
@@ -58,6 +60,7 @@ class Timeline:
     alias_bytes: int
     temp_bytes: int
     peak_bytes: int
+    packed_peak_bytes: int
     usage: np.ndarray
     inner: dict[int, Any]
     peak_index: int
@@ -109,14 +112,17 @@ def simulate(
     run = Run(jaxpr, platform, cache, rules_for(platform, kind))
     argument_bytes, output_bytes, alias_bytes, aliased = _interface(jaxpr, flags, platform, cache)
     run.lay_out(aliased)
-    temp_bytes = _reported_bytes(run, platform, FAST_MEMORY_BYTES.get(kind, 0) if platform == "tpu" else 0)
+    fast_bytes = FAST_MEMORY_BYTES if platform == "tpu" and kind in FAST_KINDS else 0
+    temp_bytes, packed_bytes = _reported_bytes(run, platform, fast_bytes)
     inner = {i: _inner_timeline(r) for i, r in run.inner.items()}
+    fixed_bytes = argument_bytes + output_bytes - alias_bytes
     return Timeline(
         argument_bytes=argument_bytes,
         output_bytes=output_bytes,
         alias_bytes=alias_bytes,
         temp_bytes=temp_bytes,
-        peak_bytes=argument_bytes + output_bytes - alias_bytes + temp_bytes,
+        peak_bytes=fixed_bytes + temp_bytes,
+        packed_peak_bytes=fixed_bytes + packed_bytes,
         usage=run.usage,
         inner=inner,
         peak_index=int(run.usage.argmax()) if run.usage.size else 0,
@@ -128,8 +134,8 @@ def _kind(target: Any) -> str:
     return getattr(target, "kind", None) or (str(target).split(":") + [""])[1]
 
 
-def _reported_bytes(run: Run, platform: str, fast_bytes: int) -> int:
-    """Return the bytes of temporaries as the compiler reports them.
+def _reported_bytes(run: Run, platform: str, fast_bytes: int) -> tuple[int, int]:
+    """Return the bytes of temporaries as the compiler reports them, and what it would report if there were no holes.
 
     XLA:TPU lays buffers out in the order in which they are made and reports the size of that heap plus what it takes
     for fragmentation: the heap less the most bytes alive, counted with only the first of the values that share a buffer
@@ -137,11 +143,13 @@ def _reported_bytes(run: Run, platform: str, fast_bytes: int) -> int:
     assignments, equal within 0.1 % over scanned and unrolled steps.
     """
     buffers = heap.without_fast_memory(run.buffers, run.length, fast_bytes)
+    packed = max(heap.live_bytes(buffers, run.length), default=0)
     if platform != "tpu":
-        return heap.heap_bytes(buffers)
+        return heap.heap_bytes(buffers), packed
+    first = max(heap.live_bytes(buffers, run.length, first=True), default=0)
     size = heap.expected_heap_bytes(buffers, run.length)
     size += SMALL_BUFFER_BYTES * min(len(buffers), SMALL_BUFFERS)
-    return size + max(0, size - max(heap.live_bytes(buffers, run.length, first=True), default=0))
+    return size + max(0, size - first), packed + max(0, packed - first)
 
 
 def _inner_timeline(run: Run) -> Timeline:
@@ -149,7 +157,7 @@ def _inner_timeline(run: Run) -> Timeline:
     temp = int(run.usage.max(initial=0))
     inner = {i: _inner_timeline(r) for i, r in run.inner.items()}
     peak = int(run.usage.argmax()) if run.usage.size else 0
-    return Timeline(0, 0, 0, temp, temp, run.usage, inner, peak, run, run.jaxpr)
+    return Timeline(0, 0, 0, temp, temp, temp, run.usage, inner, peak, run, run.jaxpr)
 
 
 def _interface(jaxpr: Any, flags: Sequence[bool], platform: str, cache: dict) -> tuple[int, int, int, tuple]:

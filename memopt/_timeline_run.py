@@ -8,7 +8,7 @@ start of the loop, casts of whole stacks that leave the loop. It decides nothing
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -270,16 +270,46 @@ class _Writer:
         """An output has its own allocation; it takes over the buffer of an equal temporary that dies in it."""
 
     def _dying_operand(self, index: int, op: tg.Op, value: int) -> Buffer | None:
+        """Return the buffer of an operand of the same size that is read here for the last time, if XLA writes over it.
+
+        The TPU backend does so in a matmul's kernel and in updates; an element-wise kernel of its own writes over the
+        result of a matmul, but not over one of several that one kernel writes.
+        """
         size, fusion = self.graph.bytes[value], self.fusion
-        alone = fusion.rules.fuses_into_matmuls and index not in fusion.absorbed
-        if op.name not in UPDATES and (alone or op.name not in ELEMENTWISE):
+        if op.name not in UPDATES and op.name not in ELEMENTWISE:
             return None
-        for operand in op.ins if op.name in ELEMENTWISE else op.ins[:1]:
+        operands: Iterable[int] = op.ins if op.name in ELEMENTWISE else op.ins[:1]
+        if op.name not in UPDATES and fusion.rules.fuses_into_matmuls and index not in fusion.absorbed:
+            operands = filter(self._is_written_alone, self._sources(operands))
+        for operand in operands:
             base = fusion.base[operand] if operand >= 0 else FREE
             found = self.buffer.get(base)
             if found is not None and fusion.until(base) == index and found.bytes == size:
                 return found
         return None
+
+    def _sources(self, values: Iterable[int]) -> list[int]:
+        """Return what is in memory of that which element-wise values are computed from."""
+        fusion = self.fusion
+        found = [fusion.base[source] for v in values if v >= 0 for source in fusion.mix.get(v, (v,))]
+        return [source for source in found if source >= 0]
+
+    def _is_written_alone(self, value: int) -> bool:
+        """Whether a matmul made `value`, and no sum over it is computed in the matmul's kernel."""
+        if not self._is_product(value):
+            return False
+        for reader in self.fusion.roots[value]:
+            op = self.graph.ops[reader]
+            if (
+                op.name.startswith("reduce")
+                and max(filter(self._is_product, self._sources(op.ins)), default=-1) == value
+            ):
+                return False
+        return True
+
+    def _is_product(self, value: int) -> bool:
+        maker = self.graph.maker[value]
+        return maker >= 0 and self.graph.ops[maker].name in MATMULS
 
     def _written_in_place(self, made: int, op: tg.Op, value: int) -> bool:
         """Whether a body's new carry is computed into the buffer of the old one, which is not read any more."""

@@ -6,6 +6,7 @@ never made.
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -26,9 +27,13 @@ logger = logging.getLogger("memopt")
 REPLANS = 3
 #: A smallest predicted peak up to this much over the budget is still compiled: predictions may be that far off.
 _PREDICTION_SLACK = 1.15
-#: A plan predicted up to this much over the budget is compiled first where it repeats less, by this share of the step;
-#: so many of them are tried.
-_NEAR, _WORTH, _HOPES = 1.015, 0.0025, 2
+#: A plan predicted up to this much over the budget is compiled first where it repeats less, by this share of the step.
+_NEAR, _WORTH = 1.015, 0.0025
+#: So is one that fits but for holes of the heap: without them it is predicted so far below the budget, with them so
+#: much larger, and it repeats less by this share of the step. Where holes are large, half of such plans have none.
+_PACKED, _HOLES, _LUCKY_WORTH = 0.98, 1.08, 0.03
+#: How many are tried of both.
+_HOPES = 2
 _LISTED = 8
 
 
@@ -118,20 +123,29 @@ def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stag
 
 
 def _hopeful(program: Program) -> int | None:
-    """Return the rung to compile first: the chosen one, or one that repeats less and is predicted just over the budget.
+    """Return the rung to compile first: the chosen one, or one that repeats less and may fit.
 
-    Predictions are means: a plan predicted a little over the budget often fits, and it is run many times.
+    Predictions are means over layouts of the heap: a plan predicted a little over the budget often fits, and one with
+    large holes compiles with or without them. A plan is compiled once and run many times.
     """
     index, budget = program.index, program.budget_bytes
     if index is None or budget is None:
         return index
     rungs, first = program.ladder.rungs, getattr(program.ladder, "first", 0)
-    least = _WORTH * getattr(getattr(program.ladder, "step", None), "baseline_flops", 0.0)
+    step_flops = getattr(getattr(program.ladder, "step", None), "baseline_flops", 0.0)
     for other in range(first, index):
         saved = rungs[index].recompute_flops - rungs[other].recompute_flops
-        if other not in program.measured and saved > least and rungs[other].predicted_peak_bytes <= _NEAR * budget:
+        if other not in program.measured and saved > _least_saving(rungs[other], budget) * step_flops:
             return other
     return index
+
+
+def _least_saving(rung: Any, budget: int) -> float:
+    """Return the share of the step's FLOPs from which on a rung predicted over the budget is worth a compilation."""
+    mean, packed = rung.predicted_peak_bytes, rung.packed_peak_bytes
+    if mean <= _NEAR * budget:
+        return _WORTH
+    return _LUCKY_WORTH if packed <= _PACKED * budget and mean > _HOLES * packed else math.inf
 
 
 def compile_rung(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Memory]:

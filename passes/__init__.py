@@ -35,7 +35,7 @@ def default() -> list:
     Example:
       >>> import memopt
       >>> memopt.passes.default()
-      [Remat(respect_checkpoint=False), Lossless(), Kernels(attention=True, losses=True, gated_mlps=None)]
+      [Remat(respect_checkpoint=False), Lossless(), Kernels(attention=True, losses=True, gated_mlps=None, norms=False)]
     """
     return [Remat(), Lossless(), Kernels()]
 

@@ -27,16 +27,21 @@ class Walk:
         """Return a level with the exchanges made in it, or in a pair of its loops; `quiet`: near misses are known."""
         raise NotImplementedError
 
+    def swept(self, jaxpr: Any) -> Any:
+        """Return a level as it is to be looked at after its pairs: by default as it is."""
+        return jaxpr
+
     def level(self, jaxpr: Any, quiet: bool = False) -> Any:
         """Return a level rewritten: its own operations, its pairs of loops, then the bodies inside."""
         jaxpr = self.space(jaxpr, None, quiet)
-        paired: set[int] = set()
+        paired: set[Any] = set()  # results of loops that were looked at in pairs
         for index in range(len(jaxpr.eqns)):
             pair = _pairs.find(jaxpr, index)
             if pair is not None and len(pair.readers) == 1:
                 jaxpr = self.space(jaxpr, (index, pair.readers[0]), quiet)
-                paired.update((index, pair.readers[0]))
-        eqns = [self._bodies(eqn, quiet or index in paired) for index, eqn in enumerate(jaxpr.eqns)]
+                paired.update(v for i in (index, pair.readers[0]) for v in jaxpr.eqns[i].outvars)
+        jaxpr = self.swept(jaxpr) if paired else jaxpr
+        eqns = [self._bodies(eqn, quiet or any(v in paired for v in eqn.outvars)) for eqn in jaxpr.eqns]
         changed = any(a is not b for a, b in zip(eqns, jaxpr.eqns, strict=True))
         return c.rebuild(jaxpr, eqns=eqns) if changed else jaxpr
 

@@ -21,6 +21,7 @@ class Edit:
     def __init__(self, space: Space):
         self.space = space
         self.new: dict[str, dict[int, Any]] = {OUTER: {}, FIRST: {}, SECOND: {}}  # None deletes
+        self.late: dict[str, dict[int, Any]] = {OUTER: {}, FIRST: {}, SECOND: {}}  # after the one of that index
         self.rename: dict[Any, Any] = {}  # variable -> the one that has its value now
         self.handed: list[tuple[Any, Any]] = []  # variable of the first body -> of the second
         self.given: dict[str, list[tuple[Any, Any]]] = {FIRST: [], SECOND: []}  # variable of the level -> of a body
@@ -46,7 +47,24 @@ class Edit:
         outvars = [node.eqn.outvars[0] for node in found.grads.values()]
         for node in found.grads.values():
             self.new[side][node.index] = None
+        if others := getattr(found, "others", ()):
+            outvars[0] = self._add(side, found.grads["x"], others)
         self.new[side][index] = _call_eqn(call.backward, [*operands, *saved, cotangent], outvars, eqn)
+
+    def _add(self, side: str, total: Node, others: list[int]) -> Any:
+        """Put a sum in the place of `total`, of `others` and of the variable that is returned."""
+        aval = total.eqn.outvars[0].aval
+        part = c.Var(c.ShapedArray(aval.shape, aval.dtype))
+        operands = [*(self._variable(side, value) for value in others), part]
+
+        def add(*arrays: jax.Array) -> list[jax.Array]:
+            first, *rest = (x.reshape(aval.shape).astype(aval.dtype) for x in arrays)
+            for x in rest:
+                first = first + x
+            return [first]
+
+        self.late[side][total.index] = _call_eqn(add, operands, [total.eqn.outvars[0]], total.eqn)
+        return part
 
     def join(self, part: Node, total: Node) -> None:
         """Take a part out of a sum: what is left of the sum has it already."""
@@ -114,8 +132,9 @@ class Edit:
         found = []
         for index, eqn in enumerate(eqns):
             eqn = self.new[side].get(index, eqn)
-            if eqn is not None:
-                found.append(c.replace_eqn(eqn, invars=[self._renamed(v) for v in eqn.invars]))
+            for one in (eqn, self.late[side].get(index)):
+                if one is not None:
+                    found.append(c.replace_eqn(one, invars=[self._renamed(v) for v in one.invars]))
         return found
 
     def _renamed(self, var: Any) -> Any:

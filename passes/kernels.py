@@ -16,12 +16,26 @@ from typing import Any, ClassVar
 from memopt import _compat as c
 from memopt._contract import Context, Rewritten
 from memopt._plan import Decision
-from memopt.passes import _attention_call, _loss_call, _match_attention, _match_loss, _match_mlp, _mlp_call
+from memopt.passes import (
+    _attention_call,
+    _loss_call,
+    _match_attention,
+    _match_loss,
+    _match_mlp,
+    _match_norm,
+    _mlp_call,
+    _norm_call,
+)
 from memopt.passes._exchange import Walk
 from memopt.passes._kernel_edit import Edit
 from memopt.passes._match import OUTER, Space
 
-_KINDS = {"attention": "attention", "losses": "losses", "gated_mlps": "gated MLPs"}  # in the order of `parts`
+_KINDS = {
+    "attention": "attention",
+    "losses": "losses",
+    "gated_mlps": "gated MLPs",
+    "norms": "norms",
+}  # in the order of `parts`
 _LEAST_BYTES, _LEAST_SHARE = 64 * 2**20, 0.05  # of the hidden activations of a gated MLP worth a kernel
 
 
@@ -53,6 +67,7 @@ class Kernels:
         gated_mlps: replace gated MLPs; None for those whose hidden activations are much: the five arrays of them that
             a backward pass holds at least 64 MiB and a twentieth of the step's arguments. In a step that is
             partitioned over devices None replaces none: the pure-JAX form walks along the features that devices split.
+        norms: replace RMSNorm and LayerNorm. Not in the default: `Remat` keeps the same bytes, rows alone, at no FLOPs.
 
     Example:
         >>> import memopt
@@ -72,12 +87,13 @@ class Kernels:
     attention: bool = True
     losses: bool = True
     gated_mlps: bool | None = None
+    norms: bool = False
 
     @property
     def name(self) -> str:
         """The pass's name in plans."""
         kinds = [_KINDS[field] for field in self._on()]
-        return "Kernels" if len(kinds) == len(_KINDS) else f"Kernels: {', '.join(kinds)}"
+        return "Kernels" if len(kinds) >= 3 else f"Kernels: {', '.join(kinds)}"
 
     def _on(self) -> list[str]:
         return [field for field in _KINDS if getattr(self, field) is not False]
@@ -114,13 +130,18 @@ class _Work(Walk):
         self.parts = max(1, parts)
         self.platform, self.settings, self.least_bytes = platform, settings, least_bytes
 
+    def swept(self, jaxpr: Any) -> Any:
+        """Return a level without what nothing reads any more, or what a replaced norm was made of is found again."""
+        return c.without_dead(jaxpr) if self.settings.norms else jaxpr
+
     def space(self, jaxpr: Any, pair: tuple[int, int] | None, quiet: bool) -> Any:
         """Return a level, or a pair of its loops, with kernels in it."""
         eqns = jaxpr.eqns if pair is None else c.open_jaxpr(jaxpr.eqns[pair[0]].params["jaxpr"]).eqns
         settings = self.settings
         softmax = (settings.attention or settings.losses) and any(eqn.primitive.name == "exp" for eqn in eqns)
         gated = settings.gated_mlps is not False and _match_mlp.may_be_in(eqns, self.least_bytes)
-        if not softmax and not gated:
+        norms = settings.norms and _match_norm.may_be_in(eqns)
+        if not softmax and not gated and not norms:
             return jaxpr
         space = Space(jaxpr, pair)
         edit = Edit(space)
@@ -137,7 +158,20 @@ class _Work(Walk):
             self._losses(space, edit, quiet)
         if gated:
             self._gated_mlps(space, edit, quiet)
+        if norms:
+            self._norms(space, edit, quiet)
         return edit.done()
+
+    def _norms(self, space: Space, edit: Edit, quiet: bool) -> None:
+        for node, found in _match_norm.find(space):
+            if space.pair is not None and node.side == OUTER:
+                continue
+            if isinstance(found, str):
+                self.leave(node, found, quiet, "norm")
+                continue
+            call = _norm_call.make(space, found, self.platform)
+            edit.replace(call, found.out)
+            self.rows.append(_norm_row(space, call, len(self.rows)))
 
     def _gated_mlps(self, space: Space, edit: Edit, quiet: bool) -> None:
         for node, found in _match_mlp.find(space, self.least_bytes):
@@ -197,5 +231,14 @@ def _mlp_row(space: Space, call: _mlp_call.Call, number: int) -> Decision:
     passes = "forward and backward" if call.found.grads else "forward"
     name = f"{_module(eqn)}/gated_mlp.{number}".lstrip("/")
     reason = f"gated MLP ({call.found.activation}), {passes}, equal on random inputs; {call.note}"
+    size = math.prod(aval.shape) * aval.dtype.itemsize
+    return Decision(name, _module(eqn), c.user_source(eqn), size, "kernel", reason)
+
+
+def _norm_row(space: Space, call: _norm_call.Call, number: int) -> Decision:
+    eqn, aval = call.found.out.eqn, space.avals[call.found.x]
+    passes = "forward and backward" if call.found.grads else "forward"
+    name = f"{_module(eqn)}/norm.{number}".lstrip("/")
+    reason = f"{'layer' if call.spec.centered else 'RMS'} norm, {passes}, equal on random inputs; {call.note}"
     size = math.prod(aval.shape) * aval.dtype.itemsize
     return Decision(name, _module(eqn), c.user_source(eqn), size, "kernel", reason)

@@ -38,7 +38,11 @@ class Ladder:
 
 def rung(closed, peak_bytes, flops):
     return SimpleNamespace(
-        jaxpr=lambda: closed, predicted_peak_bytes=peak_bytes, recompute_flops=flops, seconds=flops / 4
+        jaxpr=lambda: closed,
+        predicted_peak_bytes=peak_bytes,
+        packed_peak_bytes=peak_bytes,
+        recompute_flops=flops,
+        seconds=flops / 4,
     )
 
 

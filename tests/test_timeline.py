@@ -111,6 +111,47 @@ def test_a_scanned_step_is_predicted_on_a_tpu():
     assert found.peak_bytes == pytest.approx(compiled.peak_bytes, rel=0.15)
 
 
+def attention_backward(mask, known):
+    """Softmax attention over 1,024 keys and its gradients, written out; `known` takes the rows' statistics as given."""
+
+    def step(q, k, v, g, bias, top, total):  # divisions as a rematerialized step has them, one for each reader
+        scores = jnp.einsum("bqd,bkd->bqk", q, k).astype(jnp.float32)
+        if mask == "where":
+            scores = jnp.where(jnp.tril(jnp.ones(bias.shape, bool)), scores, -1e30)
+        elif mask == "add":
+            scores = scores + bias.astype(jnp.float32)
+        top = top if known else scores.max(-1, keepdims=True)
+        exp = jnp.exp(scores - top)
+        total = total if known else exp.sum(-1, keepdims=True)
+        low = (exp / total).astype(q.dtype)
+        g = g * jnp.einsum("bqk,bkd->bqd", low, v)
+        dv = jnp.einsum("bqk,bqd->bkd", low, g)
+        d_weights = jnp.einsum("bqd,bkd->bqk", g, v).astype(jnp.float32)
+        d_scores = exp / total * (d_weights - (d_weights * (exp / total)).sum(-1, keepdims=True))
+        d_scores = d_scores.astype(q.dtype)
+        return jnp.einsum("bqk,bkd->bqd", d_scores, k), jnp.einsum("bqk,bqd->bkd", d_scores, q), dv
+
+    x = jax.ShapeDtypeStruct((96, 1024, 64), jnp.bfloat16)
+    row = jax.ShapeDtypeStruct((96, 1024, 1), jnp.float32)
+    return step, (x, x, x, x, jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16), row, row)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.loose_promotion
+@pytest.mark.parametrize(
+    "kind, mask, known, held",
+    [("v5e", None, False, 2), ("v5e", "where", False, 4), ("v5e", "add", False, 4), ("v6e", None, True, 2)],
+)
+def test_what_a_softmax_and_its_gradient_hold_on_a_tpu(kind, mask, known, held):
+    """Scores in bfloat16 and their gradient, which is written over one of them; under a mask `x - max` in float32."""
+    step, shapes = attention_backward(mask, known)
+    found = simulate(jax.make_jaxpr(step)(*shapes), target=f"tpu:{kind}")
+    scores = 96 * 1024 * 1024 * 2
+    assert found.temp_bytes == pytest.approx(held * scores, rel=0.05)
+    compiled = memopt.measure(step, *shapes, target=f"tpu:{kind}")
+    assert compiled.temp_bytes == pytest.approx(held * scores, rel=0.05)
+
+
 @pytest.mark.parametrize("target", ["cpu", "tpu:v5e"])
 @pytest.mark.parametrize("loop", ["while", "scan"])
 def test_a_body_may_begin_with_what_nothing_uses(target, loop):

@@ -45,8 +45,15 @@ class Ladder:
         return next((i for i, peak in enumerate(peaks) if peak <= budget_bytes), None)
 
 
-def rung(closed, peak_bytes, flops=0.0):
-    return SimpleNamespace(jaxpr=lambda: closed, predicted_peak_bytes=peak_bytes, recompute_flops=flops, seconds=0.0)
+def rung(closed, peak_bytes, flops=0.0, packed_bytes=None):
+    packed_bytes = peak_bytes if packed_bytes is None else packed_bytes
+    return SimpleNamespace(
+        jaxpr=lambda: closed,
+        predicted_peak_bytes=peak_bytes,
+        packed_peak_bytes=packed_bytes,
+        recompute_flops=flops,
+        seconds=0.0,
+    )
 
 
 @pytest.fixture
@@ -126,6 +133,18 @@ def test_a_plan_just_over_the_budget_is_compiled_first_where_it_repeats_less(use
     step(W, X)
     assert sorted(program_of(step).measured) == tried
     assert program_of(step).index == tried[-1]
+
+
+@pytest.mark.parametrize(
+    "predicted, packed, tried",
+    [(1.2, 0.95, [0]), (1.2, 0.99, [1]), (1.02, 0.95, [1])],
+    ids=["fits but for its holes", "hardly fits without", "small holes"],
+)
+def test_a_plan_that_fits_but_for_holes_is_compiled_first_where_it_repeats_less(use, predicted, packed, tried):
+    use((None, int(predicted * PLAIN_BYTES), 0.0, int(packed * PLAIN_BYTES)), (SMALL_STEP, SMALL_BYTES, 1.0))
+    step = optimize(STEP, budget=PLAIN_BYTES)
+    step(W, X)
+    assert sorted(program_of(step).measured) == tried
 
 
 def test_two_plans_just_over_the_budget_are_tried_at_most(use):

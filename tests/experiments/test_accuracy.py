@@ -59,7 +59,7 @@ def test_compiled_figures_are_kept_and_predictions_made_anew(tmp_path, monkeypat
         assert item["predicted_temp_bytes"] - item["temp_bytes"] == item["predicted_peak_bytes"] - item["peak_bytes"]
     from memopt import _timeline
 
-    monkeypatch.setattr(_timeline, "_reported_bytes", lambda *_: 0)
+    monkeypatch.setattr(_timeline, "_reported_bytes", lambda *_: (0, 0))
     monkeypatch.setattr(accuracy, "_plan", lambda *_: pytest.fail("planned again"))
     monkeypatch.setattr("memopt._optimize.Optimized.measure", lambda *_: pytest.fail("compiled again"))
     again = list(bench(tmp_path).rows(TINY, ["60%"]))
