@@ -113,7 +113,7 @@ def _row(survey, names, value, choice, size, count, repeatable, store) -> Decisi
     places = f"read in {count} later place{'s' if count > 1 else ''}"
     if store is not None and choice == store.name:
         exact = f"with a relative error of at most {store.error:g}" if store.error else "exactly"
-        places += f"; kept {exact} in {store.bytes / max(1, survey.bytes_of_value(value)):.0%} of its bytes"
+        places += f"; kept {exact} in {store.bytes / max(1, survey.bytes_of_value(value)):.3%} of its bytes"
     if item.op is None:
         loop = survey.graph.regions[item.region].op
         base = f"{names.name(loop)}/carry.{item.operand}"

@@ -23,7 +23,9 @@ T = TypeVar("T", bound=Callable[..., Any])
 MARKERS = {"keep": "memopt.keep", "recompute": "memopt.recompute", "offload": "memopt.offload"}
 #: What the scope of a codec begins with; the codec's name follows.
 COMPRESS = "memopt.compress."
-_ASKS = {marker: ask for ask, marker in MARKERS.items()}
+#: The scope of a local derivative that a rewrite made, and of one that may be rounded to 0 or 1.
+DERIVATIVE, MASK = "memopt.derivative", "memopt.derivative.mask"
+_ASKS = {marker: ask for ask, marker in MARKERS.items()} | {DERIVATIVE: "derivative", MASK: "derivative.mask"}
 #: Marks that some decorator of this process has made and that need a pass of their own.
 USED: set[str] = set()
 _TRANSFORM = re.compile(r"(?:jvp|transpose|vmap)\(([^()]*)\)")

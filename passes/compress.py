@@ -12,9 +12,11 @@ from collections.abc import Iterator
 
 from memopt import _codecs, _forms
 from memopt._codec import Codec
+from memopt._codecs_derivative import DERIVATIVES, Rounded
 from memopt._contract import Left, Store
 from memopt._survey import Survey
 from memopt.passes import _residuals
+from memopt.passes._derivatives import Derivatives
 
 #: Share of a step's seconds below which it is not worth it to keep a value in another form.
 _SHORT = 0.15
@@ -33,7 +35,9 @@ class Compress:
     Args:
       codec: a codec's name (`memopt._codecs.names()`: `"int8"`, `"int4"`, `"int4-asymmetric-stochastic"`, `"fp8-e4m3"`,
         `"int2"`, ..., with `-token` for one scale a row, `-channel` for one a channel), or several, among which the
-        planner chooses for each value.
+        planner chooses for each value. `"derivative4"` and `"derivative2"` keep local derivatives of element-wise
+        functions (GELU, SiLU, whatever dataflow shows) in 4 or 2 bits in place of what they are made from, and
+        `"derivative-mask"` those of Hard-Swish, ReLU6 and other ramps in 1 bit, rounded to 0 or 1: exact for ReLU6.
       where: `fnmatch` patterns on module paths, a string or a tuple; empty for everything.
       error: largest relative error to allow, that of the codec against the largest magnitude of a block.
       only_marked: only what `@memopt.compress` marks.
@@ -55,6 +59,11 @@ class Compress:
     Blocks of 128 values run down the rows (tokens) of each channel: XLA:TPU fuses these, and wrote the scales of blocks
     along the channels out in full. Where rows are no multiple of 32, each row is a block.
 
+    Derivatives: Jin et al., "S2A" (arXiv 2503.08154); Chiang et al., "MobileTL" (AAAI 2023, arXiv 2212.03246). The
+    backward pass then multiplies by them (the order of products changes), whatever the plan. Softmax and norms need no
+    code of their own: their derivatives are made of probabilities and centred inputs, which are values of the step, and
+    `"int4"` keeps those.
+
     Limits: integers and bools stay as they are (`Lossless` takes them), and so does what is inside a `shard_map`. An
     operation that JAX did not mark as transposed, such as a gradient written by hand, counts as forward.
     """
@@ -71,7 +80,7 @@ class Compress:
         object.__setattr__(self, "codec", codecs)
         object.__setattr__(self, "where", where)
         if not self.codecs:
-            least = min(_codecs.codec(one).error for one in codecs)
+            least = min(_codec(one).error for one in codecs)
             raise ValueError(f"No codec of {codecs} has an error of at most {self.error:g}: the smallest is {least:g}.")
 
         if self.always and len(codecs) != 1:
@@ -85,7 +94,11 @@ class Compress:
     @property
     def codecs(self) -> list[Codec]:
         """The codecs within the error that is allowed."""
-        return [one for one in map(_codecs.codec, self.codec) if one.error <= self.error]
+        return [one for one in map(_codec, self.codec) if one.error <= self.error]
+
+    def parts(self) -> list:
+        """Return the rewrite that makes local derivatives values of the step, where one of the codecs is for those."""
+        return [Derivatives()] if any(one.name in DERIVATIVES for one in self.codecs) else []
 
     def propose(self, survey: Survey) -> Iterator[Store | Left]:
         """Yield a `Store` for every codec and every forward value of floats that it makes smaller."""
@@ -94,9 +107,21 @@ class Compress:
         for one in _residuals.chosen(survey, self.where):
             for codec in self.codecs if one.lossy_readers else ():
                 asked = one.mark == f"compress.{codec.name}"
-                if codec.accepts(one.aval.dtype) and (asked or not (self.only_marked or one.value in left)):
+                wanted = asked or not (self.only_marked or one.value in left)
+                if wanted and codec.accepts(one.aval.dtype) and _is_for(codec, one.mark):
                     form = _codecs.rowwise(codec) if one.aval.shape in rows else _codecs.lean(codec)
                     yield from _coded(survey, one, codec.name, form, asked or self.always)
+
+
+def _codec(name: str | Codec) -> Codec:
+    return DERIVATIVES[name] if name in DERIVATIVES else _codecs.codec(name)
+
+
+def _is_for(codec: Codec, mark: str | None) -> bool:
+    """Say whether a codec is for values with this mark: those of derivatives are for derivatives alone."""
+    if codec.name not in DERIVATIVES:
+        return True
+    return mark == "derivative.mask" or (mark == "derivative" and not isinstance(codec, Rounded))
 
 
 def _soon(survey: Survey) -> set[int]:
