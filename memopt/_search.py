@@ -364,16 +364,31 @@ def hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:
     The cost is the repeated FLOPs, then the seconds; where a plan stores a value for seconds (a transfer, a codec), it
     is the seconds of all of them: FLOPs alone would call a slow transfer free.
     """
-    timed = any(s.seconds and not s.late for rung in rungs for s in rung.choice.stores.values())
-
-    def cost(rung: Rung) -> tuple[float, float, int]:
-        seconds, flops = rung.seconds, rung.recompute_flops
-        return (seconds, flops, rung.predicted_peak_bytes) if timed else (flops, seconds, rung.predicted_peak_bytes)
-
     out: list[Rung] = []
-    for rung in sorted(rungs, key=cost):
+    for rung in _by_cost(rungs):
         if rung.predicted_peak_bytes < (out[-1] if out else plain).predicted_peak_bytes:
             out.append(rung)
     for before, rung in zip(out, out[1:], strict=False):
         rung.seconds = max(rung.seconds, before.seconds)  # fewer FLOPs for more bytes may take longer: say the longer
     return out
+
+
+def spares(chosen: list[Rung], rungs: list[Rung]) -> list[Rung]:
+    """Return the plans beside the chosen ones that none beats in cost and in what it would take without holes."""
+    out, least = [], None
+    for rung in _by_cost(rungs):
+        if least is None or rung.packed_peak_bytes < least:
+            least = rung.packed_peak_bytes
+            if not any(rung is other for other in chosen):
+                out.append(rung)
+    return out
+
+
+def _by_cost(rungs: list[Rung]) -> list[Rung]:
+    timed = any(s.seconds for rung in rungs for s in rung.choice.stores.values())
+
+    def cost(rung: Rung) -> tuple[float, float, int]:
+        seconds, flops = rung.seconds, rung.recompute_flops
+        return (seconds, flops, rung.predicted_peak_bytes) if timed else (flops, seconds, rung.predicted_peak_bytes)
+
+    return sorted(rungs, key=cost)

@@ -59,6 +59,15 @@ def test_a_slow_transfer_is_not_called_free():
     assert _search.hull(plain, [rung(0, 9.0, 50), repeat])[0].recompute_flops == 0
 
 
+def test_spares_are_what_no_plan_beats_without_holes():
+    plain, good, holed, worse = rung(0, 0, 100), rung(5, 0.1, 60), rung(4, 0.1, 110), rung(6, 0.1, 70)
+    for one, packed in ((plain, 90), (good, 55), (holed, 50), (worse, 54)):
+        one.packed_peak_bytes = packed
+    chosen = _search.hull(plain, [good, holed, worse])
+    assert chosen == [good]
+    assert _search.spares(chosen, [good, holed, worse]) == [holed]
+
+
 @pytest.mark.parametrize("technique", [Compress("int8"), Offload(least_bytes=4096)])
 def test_a_mix_is_nowhere_worse_than_either_alone(technique):
     mixed, *alone = [ladder(p).rungs for p in ([Remat(), technique], [Remat()], [technique])]
