@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _pairs, _rerun, _rewrite, _saved, _search, _split
+from memopt import _pairs, _rerun, _rewrite, _rungs, _saved, _split
 from memopt._contract import Context
 from memopt._fingerprint import fingerprint
 from memopt._local import Shardings
 from memopt._plan import Plan
 from memopt._plans import Plans
-from memopt._search import Rung, Search
+from memopt._rungs import Rung
+from memopt._search import Search
 from memopt._step import Step
 
 #: A loop is divided into levels where the stack of its carries is at least this share of the smallest peak found.
@@ -134,18 +135,18 @@ def make_ladder(
         build = functools.partial(Step, closed, target, passes, overrides, shardings, context=context, rewritten={})
         step = build()
         start += step.compile_seconds
-        plain = _search.plain_rung(step, donated)
+        plain = _rungs.plain_rung(step, donated)
         if step.survey is None:
             return Ladder([plain], step, time.perf_counter() - start)
         searches = _best([Search(one, donated, plain) for one in (step, *_without_options(step, build))])
         rungs = [rung for search in searches for rung in _search_all(search, build, donated, plain)]
         if _rewrite.is_required(passes):
             base = max(rungs, key=lambda r: r.predicted_peak_bytes)
-            found = _search.hull(dataclasses.replace(base, predicted_peak_bytes=base.predicted_peak_bytes + 1), rungs)
-            spares = _search.spares(found, rungs)
+            found = _rungs.hull(dataclasses.replace(base, predicted_peak_bytes=base.predicted_peak_bytes + 1), rungs)
+            spares = _rungs.spares(found, rungs)
             return Ladder([plain, *found], step, time.perf_counter() - start, first=1, spares=spares)
-        found = _search.hull(plain, rungs)
-        spares = _search.spares(found, rungs)
+        found = _rungs.hull(plain, rungs)
+        spares = _rungs.spares(found, rungs)
         return Ladder([plain, *found], step, time.perf_counter() - start, spares=spares)
 
 
@@ -244,7 +245,7 @@ def ladder_of_plan(
             raise _saved.damaged("variant", f"is {plan.variant}, and no loop of this step can be divided so")
     start += step.compile_seconds
     plan.check_fingerprint(step.fingerprint)
-    plain = _search.plain_rung(step, donated)
+    plain = _rungs.plain_rung(step, donated)
     if step.survey is None:
         return Ladder([plain], step, time.perf_counter() - start)
     search = Search(step, donated, plain)
