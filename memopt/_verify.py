@@ -33,7 +33,7 @@ _NEAR, _WORTH = 1.015, 0.0025
 #: much larger, and it repeats less by this share of the step. Where holes are large, half of such plans have none.
 _PACKED, _HOLES, _LUCKY_WORTH = 0.975, 1.08, 0.03
 #: After one that missed, the next is smaller by this factor without holes.
-_SMALLER = 0.99
+_SMALLER = 0.995
 #: How many are tried of both.
 _HOPES = 3
 _LISTED = 8
