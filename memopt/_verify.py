@@ -125,25 +125,27 @@ def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stag
 
 
 def _hopeful(program: Program) -> int | None:
-    """Return the rung to compile first: the chosen one, or one that repeats less and may fit.
+    """Return the rung to compile first: the chosen one, or another that may fit and repeats less.
 
     Predictions are means over layouts of the heap: a plan predicted a little over the budget often fits, and one with
-    large holes compiles with or without them. A plan is compiled once and run many times.
+    large holes compiles with or without them. A plan is compiled once and run many times. Where no plan is predicted to
+    fit, what it repeats does not matter.
     """
     index, budget = program.index, program.budget_bytes
     if index is None or budget is None:
         return index
     ladder, first = program.ladder, getattr(program.ladder, "first", 0)
-    step_flops = getattr(getattr(ladder, "step", None), "baseline_flops", 0.0)
-    spares = range(len(ladder.rungs), len(ladder.rungs) + len(ladder.spares))
+    chosen, step_flops = ladder.rung(index), getattr(getattr(ladder, "step", None), "baseline_flops", 0.0)
+    over = program.measured.get(index, chosen.predicted_peak_bytes) > budget
     least = min((ladder.rung(tried).packed_peak_bytes for tried in program.measured), default=math.inf)
     packed_bytes = min(_PACKED * budget, _SMALLER * least)
+    spares = range(len(ladder.rungs), len(ladder.rungs) + len(ladder.spares))
     for other in sorted([*range(first, index), *spares], key=lambda other: ladder.rung(other).recompute_flops):
         rung = ladder.rung(other)
-        saved = ladder.rung(index).recompute_flops - rung.recompute_flops
+        saved = chosen.recompute_flops - rung.recompute_flops
         near = rung.predicted_peak_bytes <= _NEAR * budget and saved > _WORTH * step_flops
         holed = packed_bytes >= rung.packed_peak_bytes < rung.predicted_peak_bytes / _HOLES
-        if other not in program.measured and (near or (holed and saved > _LUCKY_WORTH * step_flops)):
+        if other not in program.measured and (near or (holed and (over or saved > _LUCKY_WORTH * step_flops))):
             return other
     return index
 

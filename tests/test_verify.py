@@ -162,6 +162,14 @@ def test_a_spare_that_fits_but_for_holes_is_compiled_first(use):
     assert program_of(step).index == 2
 
 
+def test_where_nothing_is_predicted_to_fit_a_spare_may_repeat_more(use):
+    spares = ((SMALL_STEP, 2 * PLAIN_BYTES, 9.0, int(0.9 * SMALL_BYTES)),)
+    use((None, 3 * PLAIN_BYTES), (shuffled(0), int(1.1 * SMALL_BYTES), 1.0), spares=spares)
+    step = optimize(STEP, budget=SMALL_BYTES)
+    step(W, X)
+    assert program_of(step).measured == {2: SMALL_BYTES}
+
+
 def test_a_spare_that_misses_leaves_the_rungs(use):
     spares = ((shuffled(0), 2 * PLAIN_BYTES, 0.5, SMALL_BYTES // 2),)
     use((None, 3 * PLAIN_BYTES), (SMALL_STEP, SMALL_BYTES, 1.0), spares=spares)
