@@ -214,7 +214,7 @@ def _next_choice(program: Program, attempt: int) -> int:
     """Choose again after a miss; where nothing is expected to fit then, the smallest rung is still tried."""
     assert program.budget_bytes is not None
     measured = program.measured
-    index = program.ladder.choose(program.budget_bytes, _expected(program))
+    index = program.ladder.choose(program.budget_bytes, _expected(program, of=1 if attempt == REPLANS - 1 else 2))
     if index is None:
         index = next((rung for rung, _ in _by_peak(program) if rung not in measured), None)
     if attempt == REPLANS or index is None:
@@ -223,20 +223,22 @@ def _next_choice(program: Program, attempt: int) -> int:
     return index
 
 
-def _expected(program: Program) -> dict[int, int]:
-    """Return the peak of each rung: measured, or predicted and corrected by the error of the nearest measured one.
+def _expected(program: Program, of: int = 1) -> dict[int, int]:
+    """Return the peak of each rung: measured, or predicted and corrected by an error that was measured near it.
 
-    Rungs near each other hold most of the same values, and the compiler's layout wastes about the same bytes on them.
+    Rungs near each other hold most of the same values, and the compiler's layout wastes about the same bytes on them;
+    but one in a few has a hole of its own. So the smallest error of the nearest `of` is taken.
     """
     rungs = program.ladder.rungs
     measured = {index: peak for index, peak in program.measured.items() if index < len(rungs)}
+    errors = {index: peak - rungs[index].predicted_peak_bytes for index, peak in measured.items()}
     found = dict(measured)
     if not measured:
         return found
     for index, rung in enumerate(rungs):
         if index not in measured:
-            nearest = min(measured, key=lambda other: (abs(other - index), -other))
-            found[index] = rung.predicted_peak_bytes + measured[nearest] - rungs[nearest].predicted_peak_bytes
+            nearest = sorted(errors, key=lambda other: (abs(other - index), -other))[:of]
+            found[index] = rung.predicted_peak_bytes + min(errors[other] for other in nearest)
     return found
 
 

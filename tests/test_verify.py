@@ -325,3 +325,4 @@ def test_a_miss_corrects_the_rungs_near_it():
     rungs = [SimpleNamespace(predicted_peak_bytes=peak) for peak in (1000, 800, 790, 500, 100)]
     program = SimpleNamespace(ladder=SimpleNamespace(rungs=rungs), measured={1: 850, 4: 110})
     assert _verify._expected(program) == {0: 1050, 1: 850, 2: 840, 3: 510, 4: 110}
+    assert _verify._expected(program, of=2) == {0: 1010, 1: 850, 2: 800, 3: 510, 4: 110}
