@@ -85,8 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="memopt", description="Where the memory of a JAX training step goes.")
     commands = parser.add_subparsers(required=True, metavar="command")
     explain = _command(commands, "explain", _explain, "what is alive at the peak, by module and source line")
+    _mesh_options(explain)
     explain.add_argument("--png", metavar="FILE", help="write the timeline as a picture")
     plan = _command(commands, "plan", _plan, "what would be stored, repeated or moved; nothing is compiled")
+    _mesh_options(plan)
     plan.add_argument("others", nargs="*", metavar="module:function", help="further signatures, saved in one file")
     plan.add_argument("--save", metavar="FILE", help="write the plan as JSON, those of several signatures together")
     measure = _command(commands, "measure", _measure, "the compiler's figures; with a budget, of the optimized step")
@@ -106,6 +108,34 @@ def _command(commands: Any, name: str, run: Callable[..., int], text: str) -> ar
     command.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     command.set_defaults(run=run)
     return command
+
+
+def _mesh_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--mesh", metavar="data=4,model=4", help="run the step on all devices of the target, sharded")
+    command.add_argument("--strategy", help="of memopt.passes.Shard, such as 'zero3+tensor' (default: 'auto')")
+
+
+def _sharded(arguments: argparse.Namespace, options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with the sharding pass that `--mesh` and `--strategy` ask for among the passes."""
+    text, strategy = getattr(arguments, "mesh", None), getattr(arguments, "strategy", None)
+    if text is None:
+        if strategy is not None:
+            raise UsageError("--strategy needs a --mesh, such as --mesh data=4,model=4.")
+        return {}
+    import memopt
+
+    mesh = memopt.mesh(options.get("target"), *_read_mesh(text))
+    passes = options.get("passes")
+    passes = memopt.passes.default() if passes is None else list(passes)
+    return {"passes": [*passes, memopt.passes.Shard(mesh, strategy=strategy or "auto")]}
+
+
+def _read_mesh(text: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Read `"data=4,model=4"`."""
+    parts = [part.partition("=") for part in text.split(",")]
+    if not all(name.strip().isidentifier() and size.strip().isdigit() and int(size) for name, _, size in parts):
+        raise UsageError(f"Unreadable mesh {text!r}: write axes with their devices, such as data=4,model=4.")
+    return tuple(int(size) for _, _, size in parts), tuple(name.strip() for name, _, _ in parts)
 
 
 def _tolerance(text: str) -> float:
@@ -135,10 +165,12 @@ def load(arguments: argparse.Namespace, factory: str | None = None) -> Subject:
     factory = factory or arguments.factory
     subject = _subject(factory, _factory(factory)())
     given = {name: getattr(arguments, name) for name in ("target", "budget") if getattr(arguments, name) is not None}
-    if subject.optimized and (given or subject.options):
-        names = ", ".join(sorted({f"--{name}" for name in given} | set(subject.options)))
+    asked = {name for name in ("target", "budget", "mesh", "strategy") if getattr(arguments, name, None) is not None}
+    if subject.optimized and (asked or subject.options):
+        names = ", ".join(sorted({f"--{name}" for name in asked} | set(subject.options)))
         raise UsageError(f"{factory} returns an optimized step, which {names} cannot change: return a plain one.")
-    return Subject(subject.step, subject.args, subject.options | given)
+    options = subject.options | given
+    return Subject(subject.step, subject.args, options | _sharded(arguments, options))
 
 
 def _factory(name: str) -> Callable[[], Any]:

@@ -133,7 +133,8 @@ class Context:
       out_paths: per output, its path in the step's result.
       donated: per input, whether it is donated.
       shardings: those of the arguments and results (`memopt._local.Shardings`), None where nothing is sharded.
-      partitioned: whether XLA will partition the step over devices: it cannot partition a kernel.
+      partitioned: 0 for a step of one device; else XLA will partition it, which it cannot do with a kernel, and this is
+        the number of parts that its tokens are split into, 1 where it is not known.
     """
 
     target: Any
@@ -141,7 +142,7 @@ class Context:
     out_paths: tuple[str, ...] = ()
     donated: tuple[bool, ...] = ()
     shardings: Any = None
-    partitioned: bool = False
+    partitioned: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from memopt._cost import aval_bytes, padded_bytes
 from memopt._errors import format_bytes
 from memopt._explain_walk import Alive, Sample, Walk, general, short
 from memopt._measure import as_jitted, is_optimized, measure
+from memopt._plan import Decision
 from memopt._target import Target, limit_bytes
 
 #: Saved constants smaller than this are not worth a line.
@@ -52,6 +54,7 @@ class Explanation:
         advice: what would help, most bytes first.
         timeline: temporaries along the step, by module path.
         compiled: the compiler's own figures where asked for: the fields of `Memory`.
+        sharding: where a pass shards the step: what is split how, what is whole and why, what collectives send.
 
     Example:
         >>> import jax, memopt
@@ -74,6 +77,7 @@ class Explanation:
     advice: tuple[Advice, ...]
     timeline: tuple[Sample, ...]
     compiled: dict[str, Any] | None = None
+    sharding: tuple[Decision, ...] = ()
 
     def to_json(self) -> str:
         """Return the whole explanation as a JSON string."""
@@ -91,6 +95,7 @@ class Explanation:
             raise ValueError("This JSON is no explanation of version 1. Make it anew: memopt.explain(...).to_json().")
         fields["alive"] = tuple(Alive(**item | {"shape": tuple(item["shape"])}) for item in fields["alive"])
         fields["advice"] = tuple(Advice(**item) for item in fields["advice"])
+        fields["sharding"] = tuple(Decision(**item) for item in fields.get("sharding", ()))
         fields["timeline"] = tuple(Sample(**item) for item in fields["timeline"])
         return cls(**fields)
 
@@ -203,7 +208,7 @@ def explain(
 
 
 def explain_program(program: Any) -> Explanation:
-    """Explain the plain step of a program of `memopt.optimize`.
+    """Explain the plain step of a program of `memopt.optimize`, or the sharded one where a pass shards it.
 
     Args:
         program: traced, with the settings that hold its target.
@@ -211,7 +216,13 @@ def explain_program(program: Any) -> Explanation:
     Returns:
         An `Explanation`.
     """
-    return explain_traced(program.traced, program.settings.target, shardings=program.shardings)
+    if program.placed is None:
+        return explain_traced(program.traced, program.settings.target, shardings=program.shardings)
+    ladder, args_info = program.ladder, getattr(program.traced, "traced", program.traced).args_info
+    sharded = types.SimpleNamespace(jaxpr=ladder.step.outcome.closed, args_info=args_info)
+    found = explain_traced(sharded, program.settings.target, shardings=program.placed)
+    rows = [row for row in (*ladder.rows, *ladder.step.outcome.rows) if row.name.startswith("shard/")]
+    return dataclasses.replace(found, sharding=tuple(rows))
 
 
 def explain_traced(

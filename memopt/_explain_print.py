@@ -27,6 +27,8 @@ def text(explanation: Any) -> str:
     out.print(_heading(explanation))
     out.print(_figures(explanation))
     out.print(_alive(explanation.alive))
+    if explanation.sharding:
+        out.print(_sharding(explanation.sharding))
     if explanation.advice:
         out.print("What would help, most bytes first (they overlap):")
     for item in explanation.advice[:8]:
@@ -74,6 +76,14 @@ def _alive(alive: Sequence[Alive]) -> Any:
     rest = [item for group in groups[_ROWS:] for item in group]
     if rest:
         table.add_row(format_bytes(sum(item.bytes for item in rest)), "", f"{len(rest)} smaller ones", *[""] * 5)
+    return table
+
+
+def _sharding(rows: Sequence[Any]) -> Any:
+    table = _table(["what", "bytes", "how", "per device, and why"], right=(1,), title="Sharding")
+    for row in rows:
+        size = format_bytes(row.value_bytes) if row.value_bytes else ""
+        table.add_row(row.name.removeprefix("shard/"), size, row.choice, row.reason)
     return table
 
 

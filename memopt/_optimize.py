@@ -287,7 +287,7 @@ class Optimized:
         """
         if not self._settings.always_rewrites:
             return jax.tree_util.tree_map(lambda leaf: getattr(leaf, "sharding", None), (args, kwargs))
-        program = self._ask(Core.unplanned, args, kwargs)
+        program = self._ask(Core.planned, args, kwargs)
         signature = program.signature
         arguments = signature.shardings if program.placed is None else program.placed.arguments
         return jax.tree_util.tree_unflatten(signature.tree, arguments[-len(signature.avals) :])

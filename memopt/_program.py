@@ -63,14 +63,14 @@ def make_ladder(
 ) -> Any:
     """Ask the planner for the ladder of a step, or for the one rung of a saved plan."""
     common = {"donated": donated, "target": settings.target, "scopes": MARKERS, "shardings": shardings}
-    common["context"] = context
     passes = default_passes(closed_jaxpr) if settings.passes is None else settings.passes
     if settings.plan is not None:
         passes = _searching.saved_choice(closed_jaxpr, settings.plan, passes)
-        return _planner.ladder_of_plan(closed_jaxpr, settings.plan, passes=passes, **common)
+        context = _searching.context_for(passes, context)
+        return _planner.ladder_of_plan(closed_jaxpr, settings.plan, passes=passes, context=context, **common)
     make = functools.partial(_planner.make_ladder, closed_jaxpr, overrides=settings.overrides, **common)
     if _searching.searching(passes) is None:
-        return make(passes=passes)
+        return make(passes=passes, context=context)
     return _searching.best_ladder(closed_jaxpr, context, passes, settings, make)
 
 
@@ -156,7 +156,6 @@ class Program:
         self.tries += 1
         self.ladder, self.index, self.budget_bytes, self.run = following, None, None, None
         self.measured, self._rungs = {}, {}
-        self.__dict__.pop("placed", None)
         return True
 
     @property
@@ -173,7 +172,7 @@ class Program:
             out_paths=tuple(jax.tree_util.keystr(path) for path, _ in outputs),
             donated=self.donated,
             shardings=self.shardings if self.shardings.is_sharded else None,
-            partitioned=self.shardings.is_sharded or _rewrite.partitions(self.settings.passes or ()),
+            partitioned=_rewrite.partitions(self.settings.passes or ()) or int(self.shardings.is_sharded),
         )
 
     @property
@@ -181,12 +180,13 @@ class Program:
         """What one device holds of a sharded step's values, as the ladder was planned with; None for another step."""
         return getattr(getattr(self.ladder, "step", None), "local", None)
 
-    @functools.cached_property
+    @property
     def placed(self) -> Shardings | None:
-        """The shardings that the arguments and results have to have, where a pass decides them."""
+        """The shardings that the arguments and results have to have, where a pass decides them: those of the rung."""
         if not self.settings.always_rewrites:
             return None
-        return getattr(getattr(getattr(self.ladder, "step", None), "outcome", None), "shardings", None)
+        step = getattr(self.ladder, "step", None) if self.index is None else self.rung.step
+        return getattr(getattr(step, "outcome", None), "shardings", None)
 
     def place(self, args: tuple, kwargs: Mapping[str, Any], move: Callable[[Any, Any], Any]) -> tuple[tuple, dict]:
         """Return a call's arguments with `move(leaf, sharding)` in place of each leaf that has to have a sharding."""

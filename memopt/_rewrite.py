@@ -39,9 +39,9 @@ def is_required(passes: Iterable[Any]) -> bool:
     return any(not p.optional for p in rewriters(passes))
 
 
-def partitions(passes: Iterable[Any]) -> bool:
-    """Whether one of the passes has the step run on several devices."""
-    return any(getattr(p, "partitions", False) for p in passes)
+def partitions(passes: Iterable[Any]) -> int:
+    """Return into how many parts a pass has the tokens of the step split; 0 where none partitions it."""
+    return max((getattr(p, "partitions", 0) for p in passes), default=0)
 
 
 def apply(

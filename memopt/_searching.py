@@ -6,10 +6,12 @@ of the next ones behind it. The pass ranks; nothing is compiled here, and no con
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from memopt import _rewrite
 from memopt._fingerprint import arguments
 from memopt._plans import Plans
 from memopt._target import limit_bytes
@@ -31,15 +33,23 @@ def best_ladder(closed: Any, context: Any, passes: Sequence[Any], settings: Any,
       context: what passes may know of it.
       passes: the passes, one of which searches.
       settings: with `budget`, `target` and `reserve_bytes`.
-      make: makes a ladder from `passes=`.
+      make: makes a ladder from `passes=` and `context=`.
     """
-    one = searching(passes)
-    found = one.search(
-        closed, context, lambda choice: make(passes=_with(passes, choice)), functools.partial(_limit, settings)
-    )
+
+    def plan(choice: Any) -> Any:
+        chosen = _with(passes, choice)
+        return make(passes=chosen, context=context_for(chosen, context))
+
+    found = searching(passes).search(closed, context, plan, functools.partial(_limit, settings))
     ladder = next(found)
     ladder.others = found
     return ladder
+
+
+def context_for(passes: Sequence[Any], context: Any) -> Any:
+    """Return what passes may know of the step, with these passes in the list."""
+    parts = _rewrite.partitions(passes)
+    return dataclasses.replace(context, partitioned=parts) if context is not None and parts else context
 
 
 def following(ladder: Any) -> Any:

@@ -8,6 +8,7 @@ a causal or a windowed one. It knows jaxprs only through the space.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from memopt import _compat as c
 from memopt.pallas_kernels._dtypes import wide
 from memopt.pallas_kernels.attention import api, reference
-from memopt.pallas_kernels.attention.spec import Extras, Spec
+from memopt.pallas_kernels.attention.spec import Extras, Spec, lean_blocks
 from memopt.passes._match import Node, Space
 from memopt.passes._match_attention import Found
 from memopt.passes._match_dims import Atom, region_between
@@ -119,13 +120,14 @@ def _partly(axis: Sequence[Atom], place: dict[int, int]) -> bool:
     return any(id(a) in place for a in axis)
 
 
-def make(space: Space, found: Found, platform: str) -> Call:
+def make(space: Space, found: Found, platform: str, parts: int = 1) -> Call:
     """Choose settings and form for what was found.
 
     Args:
         space: where it was found.
         found: the attention.
         platform: "tpu", "gpu", or anything else for pure JAX.
+        parts: into how many parts XLA splits the tokens; tiles of the pure-JAX form are that much larger.
     """
     scores = found.scores
     right, left, masks = None, None, []
@@ -143,6 +145,11 @@ def make(space: Space, found: Found, platform: str) -> Call:
         soft_cap=scores.soft_cap,
     )
     call = Call(found, api.Form(name="lean"), spec, masks, "")
+    if parts > 1:
+        outer, rows, heads = ([a.size for a in axis] for axis in found.orders["q"][:3])
+        columns = math.prod(a.size for a in found.orders["k"][1])
+        tiles = lean_blocks(max(1, math.prod((*outer, *heads)) // parts), math.prod(rows), columns, spec)
+        return dataclasses.replace(call, form=api.Form(name="lean", blocks=tiles), note="pure JAX")
     return dataclasses.replace(call, **dict(zip(("form", "note"), _form(space, call, platform), strict=True)))
 
 

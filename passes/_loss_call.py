@@ -7,6 +7,7 @@ a backward one, both in the layouts and dtypes of the plain operations.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from memopt.pallas_kernels.linear_cross_entropy import api
+from memopt.pallas_kernels.linear_cross_entropy.lean import chunk_size
 from memopt.pallas_kernels.linear_cross_entropy.reference import Spec
 from memopt.passes._match import Space
 from memopt.passes._match_loss import Loss
@@ -73,7 +75,7 @@ class Call:
         return x.reshape(aval.shape).astype(aval.dtype)
 
 
-def make(space: Space, found: Loss, platform: str) -> Call:
+def make(space: Space, found: Loss, platform: str, parts: int = 1) -> Call:
     """Choose settings and form for what was found; arguments as in `_attention_call.make`.
 
     Raises:
@@ -86,6 +88,10 @@ def make(space: Space, found: Loss, platform: str) -> Call:
     if hidden != [id(a) for a in (*found.tokens, *found.width)] or sorted(weight) != sorted(order):
         raise NotImplementedError("the axes of hidden states or weight are in an order that is not served")
     call = Call(found, api.Form(name="lean"), Spec(vocab_axis=vocab_axis), "pure JAX")
+    if parts > 1:
+        tokens, vocab = (math.prod(a.size for a in axis) for axis in (found.tokens, found.vocab))
+        chunk = chunk_size(max(1, tokens // parts), vocab)
+        return dataclasses.replace(call, form=api.Form(name="lean", blocks=(0, chunk)))
     if platform != "tpu":
         return call
     avals = [jax.ShapeDtypeStruct(space.avals[v].shape, space.avals[v].dtype) for v in call.operands]

@@ -52,7 +52,6 @@ class ContextAttention:
 
     stage: ClassVar[int] = 5
     optional: ClassVar[bool] = False
-    partitions: ClassVar[bool] = True
 
     @property
     def name(self) -> str:

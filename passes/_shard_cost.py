@@ -8,10 +8,12 @@ changed here.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
 
+from memopt import _compat as c
 from memopt import _fusion
 from memopt._links import axis_bytes_per_second
 from memopt._target import Target
@@ -20,20 +22,35 @@ from memopt.passes._shard_places import Places
 from memopt.passes._shard_rules import Rules, Spec
 
 
+@dataclasses.dataclass
+class Sent:
+    """What one device sends in a step by one kind of collective: bytes, seconds on the links, and along which axes."""
+
+    bytes: float = 0.0
+    seconds: float = 0.0
+    axes: set[str] = dataclasses.field(default_factory=set)
+
+
 def collective_seconds(flow: Flow, rules: Rules, found: Places, target: Target) -> float:
     """Return the predicted seconds of a step's collectives under one layout, one after the other."""
+    return sum(one.seconds for one in sent_by_kind(flow, rules, found, target).values())
+
+
+def sent_by_kind(flow: Flow, rules: Rules, found: Places, target: Target) -> dict[str, Sent]:
+    """Return what one device is predicted to send in a step, by the kind of collective."""
     total = math.prod(rules.sizes.values())
-    rates: dict[tuple[str, ...], float] = {}
-    seconds = 0.0
-    for axes, sent in _sent(flow, rules, found):
-        if axes not in rates:
-            rates[axes] = axis_bytes_per_second(target, rules.count(axes), total)
-        seconds += sent / rates[axes]
-    return seconds
+    kinds: dict[str, Sent] = {}
+    for kind, axes, size in _sent(flow, rules, found):
+        if axes and size:
+            one = kinds.setdefault(kind, Sent())
+            one.bytes += size
+            one.seconds += size / axis_bytes_per_second(target, rules.count(axes), total)
+            one.axes.update(axes)
+    return kinds
 
 
-def _sent(flow: Flow, rules: Rules, found: Places) -> Iterator[tuple[tuple[str, ...], float]]:
-    """Yield the bytes that a device sends, with the axes that it sends them along."""
+def _sent(flow: Flow, rules: Rules, found: Places) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """Yield a kind of collective, the axes that a device sends along, and the bytes that it sends."""
     for body in flow.bodies:
         trips = flow.trips[id(body)]
         for eqn in body.eqns:
@@ -45,21 +62,41 @@ def _sent(flow: Flow, rules: Rules, found: Places) -> Iterator[tuple[tuple[str, 
                 yield from _summed(eqn, rules, found, trips)
             elif eqn.primitive.name == "gather" and len(found.made.get(eqn.outvars[0], ())) > 1:
                 axes = rules.layout.batch
-                yield axes, 2 * _local(eqn.outvars[0], rules.value(eqn.outvars[0]), rules) * trips
+                yield "all-to-all", axes, 2 * _local(eqn.outvars[0], rules.value(eqn.outvars[0]), rules) * trips
+            elif eqn.primitive.name == "shard_map":
+                yield from _inside(c.open_jaxpr(eqn.params["jaxpr"]), rules, trips)
     for specs in found.results.values():
         if len(specs) > 1:
             axes = rules.layout.moments
             out = next(v for o, v in enumerate(flow.jaxpr.outvars) if found.results.get(o) is specs)
-            yield axes, _local(out, specs[-1], rules) * _share(axes, rules)
+            yield "all-gather", axes, _local(out, specs[-1], rules) * _share(axes, rules)
 
 
-def _gathered(atom: Any, spec: Spec, rules: Rules, trips: int) -> Iterator[tuple[tuple[str, ...], float]]:
+def _inside(body: Any, rules: Rules, trips: int) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """Yield what the body of a `shard_map` sends: its values are those of one device."""
+    for eqn in body.eqns:
+        name, length = eqn.primitive.name, eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+        for _, _, inner in c.subjaxprs(eqn.params):
+            yield from _inside(c.open_jaxpr(inner), rules, trips * length)
+        if name in ("ppermute", "all_to_all"):
+            named = eqn.params["axis_name"]
+            axes = tuple(named) if isinstance(named, (tuple, list)) else (named,)
+            size = sum(v.aval.size * v.aval.dtype.itemsize for v in eqn.invars if is_var(v)) * trips
+            permuted = name == "ppermute"
+            yield (
+                "collective-permute" if permuted else "all-to-all",
+                axes,
+                size * (1 if permuted else _share(axes, rules)),
+            )
+
+
+def _gathered(atom: Any, spec: Spec, rules: Rules, trips: int) -> Iterator[tuple[str, tuple[str, ...], float]]:
     axes = tuple(a for a in rules.layout.parameters if not any(a in s for s in spec))
     if axes and atom.aval.size >= rules.least_elements:
-        yield axes, _local(atom, spec, rules) * _share(axes, rules) * trips
+        yield "all-gather", axes, _local(atom, spec, rules) * _share(axes, rules) * trips
 
 
-def _summed(eqn: Any, rules: Rules, found: Places, trips: int) -> Iterator[tuple[tuple[str, ...], float]]:
+def _summed(eqn: Any, rules: Rules, found: Places, trips: int) -> Iterator[tuple[str, tuple[str, ...], float]]:
     """Yield the traffic of the partial sums of a matmul: an axis that splits operands and not the result's own spec."""
     out = eqn.outvars[0]
     made = found.made.get(out, ())
@@ -73,7 +110,8 @@ def _summed(eqn: Any, rules: Rules, found: Places, trips: int) -> Iterator[tuple
     for axis in sorted(summed):  # where the sequence is split between, the sum is scattered and gathered again
         scattered = axis in stored or (axis in rules.layout.gradients and _is_gradient(out, rules))
         scattered = scattered and axis not in rules.layout.sequence
-        yield (axis,), (1 if scattered else 2) * _local(out, spec, rules) * _share((axis,), rules) * trips
+        size = (1 if scattered else 2) * _local(out, spec, rules) * _share((axis,), rules) * trips
+        yield "reduce-scatter" if scattered else "all-reduce", (axis,), size
 
 
 def _is_gradient(out: Any, rules: Rules) -> bool:

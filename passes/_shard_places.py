@@ -104,7 +104,7 @@ def _weights(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
         if roles.kinds[i] != PARAMETER or found.inputs[i] == rules.features(var):
             continue
         stored, needed = found.inputs[i], rules.features(var)
-        for eqn, position, dims in _uses(flow, roles, var):
+        for eqn, position, dims in _uses(flow, roles, var, stored):
             at_use = tuple(needed[d] if d is not None else () for d in dims)
             if eqn.primitive.name in _LOOKUPS and position == 0:
                 _look_up(eqn, tuple(stored[d] if d is not None else () for d in dims), rules, found)
@@ -113,7 +113,7 @@ def _weights(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
             found.gathered += eqn.invars[position].aval.size * eqn.invars[position].aval.dtype.itemsize
 
 
-def _uses(flow: Flow, roles: Roles, leaf: Any) -> Iterator[tuple[Any, int, tuple[int | None, ...]]]:
+def _uses(flow: Flow, roles: Roles, leaf: Any, stored: Spec) -> Iterator[tuple[Any, int, tuple[int | None, ...]]]:
     """Yield the reads of a parameter where it meets data: equation, operand, its dimensions in the leaf."""
     todo = [(leaf, tuple(range(len(shape_of(leaf)))))]
     seen = {leaf}
@@ -126,7 +126,7 @@ def _uses(flow: Flow, roles: Roles, leaf: Any) -> Iterator[tuple[Any, int, tuple
             elif any(v in roles.update for v in eqn.outvars):
                 continue
             else:
-                after = _views(eqn, position, dims, roles)
+                after = _views(eqn, position, dims, roles, stored)
                 if after is None:
                     yield eqn, position, dims
                     continue
@@ -140,8 +140,11 @@ def _uses(flow: Flow, roles: Roles, leaf: Any) -> Iterator[tuple[Any, int, tuple
                 todo.append((link.outer, (None, *dims) if link.sliced else dims))
 
 
-def _views(eqn: Any, position: int, dims: tuple, roles: Roles) -> list[tuple[Any, tuple]] | None:
-    """Return what an equation makes of a weight alone, with its dimensions; None where the weight is used."""
+def _views(eqn: Any, position: int, dims: tuple, roles: Roles, stored: Spec) -> list[tuple[Any, tuple]] | None:
+    """Return what an equation makes of a weight alone, with its dimensions; None where the weight is used.
+
+    A slice along a dimension that is not split is such a thing: the slice alone is then gathered.
+    """
     name, var, outs = eqn.primitive.name, eqn.invars[position], [v for v in eqn.outvars if is_var(v)]
     if any(is_var(v) and v in roles.data for v in (*eqn.invars, *outs)) or name in _fusion.MATMULS:
         return None
@@ -149,6 +152,10 @@ def _views(eqn: Any, position: int, dims: tuple, roles: Roles) -> list[tuple[Any
         return [(v, tuple(dims[d] for d in eqn.params["permutation"])) for v in outs]
     if all(shape_of(v) == shape_of(var) for v in outs):
         return [(v, dims) for v in outs]
+    if name == "dynamic_slice" and position == 0:
+        pairs = list(zip(dims, shape_of(var), shape_of(outs[0]), strict=True))
+        if all(before == after or dim is None or not stored[dim] for dim, before, after in pairs):
+            return [(outs[0], tuple(dim if before == after else None for dim, before, after in pairs))]
     return None
 
 

@@ -169,7 +169,7 @@ class Rules:
         self.platform, self.least_elements = platform, least_elements
         self.batch_groups = self._input_groups(0)
         self.sequence_groups = self._input_groups(1) - self.batch_groups
-        self.looked_up = self._looked_up()
+        self.taken_apart = self._taken_apart()
         self.tensor: dict[int, tuple[str, ...]] = dict(fixed or {})
         self._check_batch()
         self._check_sequence()
@@ -186,14 +186,22 @@ class Rules:
                 found.add(self.groups.of(var, dim))
         return found - {None}
 
-    def _looked_up(self) -> set[int]:
-        """Return the groups of rows that are looked up by index: a table is better split along its features."""
+    def _taken_apart(self) -> set[int]:
+        """Return the groups of rows that are looked up by index, or sliced one part after another.
+
+        A table is better split along its features, and so is a head whose words a loop takes in parts.
+        """
         found = set()
         for body in self.flow.bodies:
             for eqn in body.eqns:
-                if eqn.primitive.name == "gather":
+                name = eqn.primitive.name
+                if name == "gather":
                     gone = eqn.params["dimension_numbers"].collapsed_slice_dims
                     found |= {self.groups.of(eqn.invars[0], d) for d in gone}
+                elif name in ("dynamic_slice", "dynamic_update_slice"):
+                    part = eqn.outvars[0] if name == "dynamic_slice" else eqn.invars[1]
+                    pairs = enumerate(zip(shape_of(eqn.invars[0]), shape_of(part), strict=True))
+                    found |= {self.groups.of(eqn.invars[0], d) for d, (size, some) in pairs if size != some}
         return found - {None}
 
     def _is_tokens(self, var: Any) -> bool:
@@ -289,8 +297,8 @@ class Rules:
         def waste(dim: int) -> tuple:
             cut = [size // more if d == dim else size for d, size in enumerate(local)]
             aval = var.aval.update(shape=tuple(cut), sharding=None) if hasattr(var.aval, "update") else var.aval
-            rows = self.groups.of(var, dim) in self.looked_up
-            return rows, _cost.padded_bytes(aval, self.platform), -shape[dim], dim
+            apart = self.groups.of(var, dim) in self.taken_apart
+            return apart, _cost.padded_bytes(aval, self.platform), -shape[dim], dim
 
         return min(dims, key=waste, default=None)
 
@@ -317,3 +325,15 @@ class Rules:
         if kind == MOMENT:
             return self.stored(var, self.layout.moments)
         return ((),) * len(shape_of(var))
+
+    def why_whole(self, index: int) -> str:
+        """Say why every device holds an input whole."""
+        var, kind = self.flow.jaxpr.invars[index], self.roles.kinds[index]
+        axes = {PARAMETER: self.layout.parameters, MOMENT: self.layout.moments, BATCH: self.layout.batch}.get(kind, ())
+        if kind not in (PARAMETER, MOMENT, BATCH):
+            return "neither a parameter, a moment nor a part of the batch"
+        if not axes:
+            return f"this strategy splits no {kind}" + (" but along its features" if self.layout.tensor else "")
+        if var.aval.size < self.least_elements:
+            return f"fewer than {self.least_elements} elements"
+        return f"no dimension divides over {', '.join(axes)}"

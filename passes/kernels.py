@@ -65,7 +65,8 @@ class Kernels:
         attention: replace attention.
         losses: replace matmuls into a cross-entropy.
         gated_mlps: replace gated MLPs; None for those whose hidden activations are much: the five arrays of them that
-            a backward pass holds at least 64 MiB and a twentieth of the step's arguments.
+            a backward pass holds at least 64 MiB and a twentieth of the step's arguments. In a step that is
+            partitioned over devices None replaces none: the pure-JAX form walks along the features that devices split.
         norms: replace RMSNorm and LayerNorm. Not in the default: `Remat` keeps the same bytes, rows alone, at no FLOPs.
 
     Example:
@@ -108,9 +109,12 @@ class Kernels:
 
     def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
         """Return the step with every proven pattern replaced, or None where there is none and nothing to say."""
+        if context.partitioned and self._on() == ["gated_mlps"] and self.gated_mlps is None:
+            return None
         platform = "cpu" if context.partitioned else getattr(context.target, "platform", "cpu")
         given = sum(aval.size * aval.dtype.itemsize for aval in closed.in_avals)
-        work = _Work(platform, self, 0 if self.gated_mlps else max(_LEAST_BYTES, _LEAST_SHARE * given))
+        least_bytes = 0 if self.gated_mlps else max(_LEAST_BYTES, _LEAST_SHARE * given)
+        work = _Work(platform, self, least_bytes, context.partitioned)
         base = work.level(c.open_jaxpr(closed))
         if not work.rows and not work.left:
             return None
@@ -121,8 +125,9 @@ class Kernels:
 class _Work(Walk):
     """One rewrite of a step by kernels."""
 
-    def __init__(self, platform: str, settings: Kernels, least_bytes: float):
+    def __init__(self, platform: str, settings: Kernels, least_bytes: float, parts: int):
         super().__init__()
+        self.parts = max(1, parts)
         self.platform, self.settings, self.least_bytes = platform, settings, least_bytes
 
     def swept(self, jaxpr: Any) -> Any:
@@ -146,7 +151,7 @@ class _Work(Walk):
             if isinstance(found, str):
                 self.leave(node, found, quiet)
             else:
-                call = _attention_call.make(space, found, self.platform)
+                call = _attention_call.make(space, found, self.platform, self.parts)
                 edit.replace(call, call.found.out)
                 self.rows.append(_row(space, call, len(self.rows)))
         if pair is None and settings.losses:
@@ -185,7 +190,7 @@ class _Work(Walk):
         for node, found in _match_loss.find(space):
             if not isinstance(found, str):
                 try:
-                    call = _loss_call.make(space, found, self.platform)
+                    call = _loss_call.make(space, found, self.platform, self.parts)
                 except NotImplementedError as error:
                     found = str(error)
             if isinstance(found, str):

@@ -7,6 +7,7 @@ activations and weights, and a row of the plan for each kind of leaf. XLA's own 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from memopt import _compat as c
 from memopt import _inline
-from memopt._contract import Context, Left, Repeat, Rewritten
+from memopt._contract import Context, Repeat, Rewritten
 from memopt._local import Shardings, spec_of
 from memopt._plan import Decision
 from memopt._specs import spec_for
@@ -84,7 +85,6 @@ class Shard:
 
     stage: ClassVar[int] = 50
     optional: ClassVar[bool] = False
-    partitions: ClassVar[bool] = True
 
     def __post_init__(self):
         if not isinstance(self.mesh, Mesh):
@@ -103,6 +103,14 @@ class Shard:
     def name(self) -> str:
         """The pass's name in plans."""
         return "shard"
+
+    @property
+    def partitions(self) -> int:
+        """The number of parts that the tokens of the step are split into; before the search, at most."""
+        if self.searches:
+            return self.mesh.size
+        layout = _shard_rules.layout(self.mesh, self._asked)
+        return math.prod(self.mesh.shape[a] for a in (*layout.batch, *layout.context))
 
     @property
     def _auto_mesh(self) -> Mesh:
@@ -176,8 +184,8 @@ class Shard:
         mesh = self._auto_mesh
         inputs = tuple(_shard_apply.named(mesh, spec) for spec in found.inputs)
         outputs = tuple(None if spec is None else _shard_apply.named(mesh, spec) for spec in found.outputs)
-        rows, left = tuple(_rows(flow, roles, rules, found)), tuple(_left(flow, roles, found, context))
-        return Rewritten(closed, rows, left, shardings=Shardings(inputs, outputs))
+        rows = *_rows(flow, roles, rules, found, context), *_collectives(flow, rules, found, context)
+        return Rewritten(closed, rows, shardings=Shardings(inputs, outputs))
 
     def propose(self, survey: Survey) -> Iterator[Repeat]:
         """Yield a `Repeat` for each constraint, so that weights may be gathered again for the backward pass."""
@@ -216,8 +224,8 @@ def _keep_users(found: _shard_places.Places, flow: Any, roles: Any, context: Con
                 found.results[out] = (spec,)
 
 
-def _rows(flow: Any, roles: Any, rules: Any, found: _shard_places.Places):
-    """Yield what became of each kind of leaf, and of the weights at their uses."""
+def _rows(flow: Any, roles: Any, rules: Any, found: _shard_places.Places, context: Context):
+    """Yield what became of each kind of leaf, which leaves are whole everywhere and why, and the gathered weights."""
     for kind in _KINDS:
         members = [i for i, k in enumerate(roles.kinds) if k == kind]
         total = sum(_bytes(flow.jaxpr.invars[i]) for i in members)
@@ -226,21 +234,40 @@ def _rows(flow: Any, roles: Any, rules: Any, found: _shard_places.Places):
         local = sum(_bytes(flow.jaxpr.invars[i]) // _ways(rules, found.inputs[i]) for i in members)
         axes = sorted({a for i in members for axes in found.inputs[i] for a in axes})
         choice = f"shard over {', '.join(axes)}" if axes else "replicate"
-        reason = f"{len(members)} leaves, {local / total:.1%} of their bytes on each device"
+        largest = max(members, key=lambda i: _bytes(flow.jaxpr.invars[i]))
+        shown = f"{_path(context, largest)} {_cut(flow.jaxpr.invars[largest], found.inputs[largest])}"
+        reason = f"{len(members)} leaves, {local / total:.1%} of their bytes on each device; {shown}"
         yield Decision(f"shard/{kind}", "", "", total, choice, reason)
+    whole: dict[str, list[int]] = {}
+    for i, spec in enumerate(found.inputs):
+        if not any(spec) and _shard_flow.shape_of(flow.jaxpr.invars[i]):
+            whole.setdefault(rules.why_whole(i), []).append(i)
+    for why, members in whole.items():
+        total = sum(_bytes(flow.jaxpr.invars[i]) for i in members)
+        largest = max(members, key=lambda i: _bytes(flow.jaxpr.invars[i]))
+        reason = f"{why}: {len(members)} leaves, the largest {_path(context, largest)}"
+        yield Decision("shard/whole", "", "", total, "replicate", reason)
     if found.gathered:
         reason = "brought together next to each use; the planner decides what is kept for the backward pass"
         yield Decision("shard/gather", "", "", found.gathered, "gather", reason)
 
 
-def _left(flow: Any, roles: Any, found: _shard_places.Places, context: Context):
-    """Yield the large leaves that every device holds whole."""
-    total = sum(_bytes(v) for v in flow.jaxpr.invars)
-    for i, var in enumerate(flow.jaxpr.invars):
-        whole = not any(found.inputs[i]) and any(any(s) for s in found.inputs)
-        if whole and roles.kinds[i] != _shard_roles.PARAMETER and _bytes(var) > 0.01 * total:
-            path = context.paths[i] if i < len(context.paths) else f"input {i}"
-            yield Left(path, f"none of its dimensions {_shard_flow.shape_of(var)} divides over the axes that split it")
+def _collectives(flow: Any, rules: Any, found: _shard_places.Places, context: Context):
+    """Yield what one device is predicted to send in a step, by kind of collective."""
+    sent = _shard_cost.sent_by_kind(flow, rules, found, context.target)
+    for kind, one in sorted(sent.items(), key=lambda item: -item[1].bytes):
+        reason = f"sent by each device in a step, {one.seconds * 1e3:.3g} ms, predicted; repeats are not counted"
+        yield Decision(f"shard/{kind}", "", "", int(one.bytes), f"over {', '.join(sorted(one.axes))}", reason)
+
+
+def _path(context: Context, index: int) -> str:
+    return context.paths[index] if index < len(context.paths) else f"input {index}"
+
+
+def _cut(var: Any, spec: Any) -> str:
+    """Return a shape with the axes that split it, as `[4096/data, 1024]`."""
+    pairs = zip(_shard_flow.shape_of(var), spec, strict=True)
+    return f"[{', '.join('/'.join([str(size), *axes]) for size, axes in pairs)}]"
 
 
 def _bytes(var: Any) -> int:

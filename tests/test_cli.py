@@ -265,3 +265,43 @@ def test_a_factory_in_the_working_folder(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     assert run(capsys, "measure", "my_factory_here:make")[0] == 0
+
+
+def matmul_step(params, batch):
+    loss, grads = jax.value_and_grad(lambda w: jnp.mean((batch["x"] @ w["w"] + w["b"]) ** 2))(params)
+    return jax.tree.map(lambda w, g: w - 0.1 * g, params, grads), loss
+
+
+def sharded_factory():
+    params = {"w": jax.ShapeDtypeStruct((256, 128), jnp.float32), "b": jax.ShapeDtypeStruct((128,), jnp.float32)}
+    return matmul_step, (params, {"x": jax.ShapeDtypeStruct((16, 256), jnp.float32)}), {"donate_argnums": 0}
+
+
+@pytest.mark.loose_promotion
+@pytest.mark.parametrize("command", ["plan", "explain"])
+def test_a_mesh_tells_what_is_sharded_how_and_what_is_sent(monkeypatch, capsys, command):
+    module = ModuleType("sharded_factories")
+    module.make = sharded_factory
+    monkeypatch.setitem(sys.modules, "sharded_factories", module)
+    words = [command, "sharded_factories:make", "--target", "cpu", "--mesh", "data=8", "--strategy", "zero3"]
+    assert _cli.main(words) == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "shard over data" in printed and "all-gather" in printed and "over data" in printed
+    assert "fewer than 1024" in printed  # why the bias is whole on every device
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--mesh", "data"], "Unreadable mesh 'data': write axes with their devices"),
+        (["--mesh", "data=3"], "has 3 devices"),
+        (["--strategy", "zero3"], "--strategy needs a --mesh"),
+        (["--mesh", "data=8", "--strategy", "zero9"], "Unknown sharding strategy 'zero9'"),
+    ],
+)
+def test_a_mesh_that_cannot_be(monkeypatch, capsys, words, message):
+    module = ModuleType("sharded_factories")
+    module.make = sharded_factory
+    monkeypatch.setitem(sys.modules, "sharded_factories", module)
+    assert _cli.main(["plan", "sharded_factories:make", "--target", "cpu", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -17,6 +17,7 @@ from memopt import _compat as c
 from memopt.pallas_kernels import linear_cross_entropy, quantize_weight, quantized_matmul
 from tests.pallas_kernels import (
     test_attention,
+    test_blockwise,
     test_gated_mlp,
     test_linear_cross_entropy,
     test_norms,
@@ -28,7 +29,7 @@ SOURCES = pathlib.Path(memopt.pallas_kernels.__file__).parent
 
 def _named() -> set[str]:
     """Return the names that the sources give to kernels."""
-    return {name for path in SOURCES.rglob("*.py") for name in re.findall(r'"(memopt_[a-z_]+)"', path.read_text())}
+    return {name for path in SOURCES.rglob("*.py") for name in re.findall(r'"(memopt_[a-z0-9_]+)"', path.read_text())}
 
 
 def _called(jaxpr) -> Iterator[str]:
@@ -77,7 +78,14 @@ def _gated() -> Iterator[str]:
     yield from _called(jax.make_jaxpr(step)(*arguments))
 
 
+def _blockwise() -> Iterator[str]:
+    for _, shape, block in test_blockwise.AOT:
+        for make in (test_blockwise.adam_step, test_blockwise.round_trip):
+            step, arguments = make(shape, block)
+            yield from _called(jax.make_jaxpr(step)(*arguments))
+
+
 def test_every_kernel_is_in_a_table():
-    called = {*_attention(), *_losses(), *_products(), *_norms(), *_gated()}
-    assert len(called) >= 17
+    called = {*_attention(), *_losses(), *_products(), *_norms(), *_gated(), *_blockwise()}
+    assert len(called) >= 20
     assert called == _named()

@@ -1,0 +1,55 @@
+"""Reading collectives out of a compiled program: loops, and one collective that is written in several pieces."""
+
+from memopt._collectives import collectives, totals
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%cond (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %p = (s32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %counter = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%counter, %limit), direction=LT
+}
+
+%piece (q: f32[8]) -> f32[64] {
+  %q = f32[8]{0} parameter(0)
+  ROOT %all-gather.2 = f32[64]{0} all-gather(%q), channel_id=3, replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="1"}
+}
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[]{:T(128)}, f32[8]{0}) parameter(0)
+  %counter = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %moved = f32[8]{0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %fused = f32[64]{0} fusion(%x), kind=kCustom, calls=%piece
+  ROOT %t = (s32[]{:T(128)}, f32[8]{0}) tuple(%counter, %moved)
+}
+
+%start (q: f32[8]) -> f32[64] {
+  %q = f32[8]{0} parameter(0)
+  ROOT %all-gather.1 = f32[64]{0} all-gather(%q), channel_id=3, replica_groups=[1,8]<=[8], dimensions={0}, frontend_attributes={chain_id="1"}
+}
+
+ENTRY %main (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %begun = f32[64]{0} fusion(%a), kind=kCustom, calls=%start
+  %t = (s32[]{:T(128)}, f32[8]{0}) tuple(%zero, %a)
+  %loop = (s32[]{:T(128)}, f32[8]{0}) while(%t), condition=%cond, body=%body
+  ROOT %r = f32[8]{0} get-tuple-element(%loop), index=1
+}
+"""  # noqa: E501
+
+
+def test_a_loop_runs_as_often_as_its_condition_says():
+    moved = next(one for one in collectives(PROGRAM) if one.kind == "collective-permute")
+    assert moved.times == 5 and moved.sent_bytes == 5 * 32
+
+
+def test_the_pieces_of_one_collective_are_one():
+    assert totals(collectives(PROGRAM))["all-gather"] == (1, 64 * 4 * 7 // 8)
+
+
+def test_what_the_compiler_says_of_a_loop_comes_first():
+    told = PROGRAM.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"9"}}')
+    assert next(one for one in collectives(told) if one.kind == "collective-permute").times == 9
