@@ -121,7 +121,7 @@ def statistics(graph: g.Graph) -> set[int]:
     for op in graph.ops:
         name, read = op.eqn.primitive.name, [v for v in op.inputs if v is not None]
         made_of = name in _fusion.ELEMENTWISE and read and found.issuperset(read)
-        if name in _fusion.REDUCTIONS or made_of:
+        if (name in _fusion.REDUCTIONS and "window" not in name) or made_of:
             found.update(op.outputs)
     return found
 
