@@ -253,16 +253,24 @@ class Fusion:
             if not through or not stored.isdisjoint(outs):
                 found.append(reader)
                 late = runs.get(reader, -1)
-                last, need = max(last, reader if late < 0 else late), max(need, late)
+                reached = reader if late < 0 else late
+                if reached > last:
+                    last = reached
+                if late > need:
+                    need = late
                 for v in outs:
                     if ready[v] > need:
                         need = ready[v]
-                    all_out = all_out and v in self.outputs
+                    if all_out and v not in self.outputs:
+                        all_out = False
             if through:
                 for v in outs:
                     if v not in stored or v in copies:
                         found += self.roots[v]
-                        last, need = max(last, self.last[v]), max(need, self.need[v])
+                        if self.last[v] > last:
+                            last = self.last[v]
+                        if self.need[v] > need:
+                            need = self.need[v]
                         all_out = all_out and self.all_out[v]
         if value in self.outputs and value not in self.written:
             last = self.end

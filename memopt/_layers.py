@@ -24,7 +24,7 @@ from memopt import _blocks, _cost, _segments
 from memopt import _graph as g
 from memopt._network import Choice
 
-_BOUNDS, _LEAST_BOUNDS, _BUILT = 16, 8, 30_000  # bounds tried, and operations of the step times bounds
+_BOUNDS, _LEAST_BOUNDS, _BUILT = 16, 6, 30_000  # bounds tried, and operations of the step times bounds
 _SLACK = 1.005  # a bound may be passed by this much: what a block holds is known about so well
 _DENSE = 0.5  # of the median over the matmuls of the blocks
 LONG = 2000  # operations of a step from which fewer plans are tried

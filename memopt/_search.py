@@ -26,12 +26,12 @@ _SWEEP = tuple(np.geomspace(5e-4, 2.0, 9))  # prices tried, in units of the step
 _REFINEMENTS = 6  # prices tried between two of these
 _KEPT = 1e9  # what the cost of repeating is multiplied by, of what a plan must keep
 _NARROW = 0.004  # gaps between neighbours below this share of the smaller peak are not filled
-_FREE = 0.1  # weight of a gap in which no matmul FLOPs are at stake
+_FREE = 0.02  # weight of a gap in which no matmul FLOPs are at stake
 _STEEP = 8  # power of a segment's share of the peak by which its price falls
 _DEAR = 0.1  # share of a plan's repeated FLOPs from which one operation's are looked at by themselves
 _DEAREST, _TRIED = 1, 5_000  # how many of those: at least, and times the operations of the step
 _FILLS, _LEAST_FILLS = 40, 6  # plans tried between neighbours on the hull, and for the longest steps
-_FILLED = 20_000  # operations built for them in all
+_FILLED = 15_000  # operations built for them in all
 _BISECTIONS = 10  # prices tried for one cut with varied costs
 _VARIED = 0.5  # standard deviation of the logarithm of a varied cost
 

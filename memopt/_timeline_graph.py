@@ -84,7 +84,6 @@ class Graph:
         self.avals.append(aval)
         self.bytes.append(buffer_bytes(aval, self.platform))
         self.maker.append(maker)
-        self.uses.append([])
         return len(self.avals) - 1
 
 
@@ -138,7 +137,7 @@ def _mark_live(graph: Graph) -> None:
         if (outs[0] in wanted if len(outs) == 1 else not wanted.isdisjoint(outs)) or op.eqn.effects:
             op.live = True
             wanted.update(op.ins)
-    uses = graph.uses
+    graph.uses = uses = [[] for _ in graph.avals]
     for index, op in enumerate(graph.ops):
         if op.live:
             ins = op.ins
@@ -166,7 +165,8 @@ def _fact(graph: Graph, eqn: Any) -> Fact:
 
 def _add(graph: Graph, eqns: Sequence[Any], env: dict[Any, int], path: str, top: int | None = None) -> None:
     """Add equations in order; those of a dissolved call have its equation, `top`, and its path."""
-    facts, ops, avals, sizes, maker, uses = graph.facts, graph.ops, graph.avals, graph.bytes, graph.maker, graph.uses
+    facts, ops, avals, sizes, maker = graph.facts, graph.ops, graph.avals, graph.bytes, graph.maker
+    tpu, padding, padded = graph.platform == "tpu", graph.padding, graph.padding.keys()
     for index, eqn in enumerate(eqns):
         place, results = index if top is None else top, eqn.outvars
         fact = facts.get(id(eqn.params))
@@ -185,11 +185,10 @@ def _add(graph: Graph, eqns: Sequence[Any], env: dict[Any, int], path: str, top:
             avals.append(aval)
             sizes.append(size)
             maker.append(number)
-            uses.append([])
             if wide:
                 graph.wide.append(value)
         ops.append(Op(fact.name, eqn, place, path, ins, outs, fact.bodies))
-        if graph.platform == "tpu" and (graph.padding or fact.name == "dot_general"):
+        if tpu and (fact.name == "dot_general" or (padding and not padded.isdisjoint(ins))):
             _lay_out(graph, ops[number])
 
 

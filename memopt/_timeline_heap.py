@@ -18,6 +18,8 @@ import numpy as np
 #: Layouts of which the mean is taken, and how far their buffers start earlier at random, in operations (one standard
 #: deviation of a normal distribution).
 LAYOUTS, EARLIER = 8, 2.0
+#: So many layouts are enough where they differ by this share at most.
+ENOUGH, ALIKE = 3, 0.005
 #: Buffers that stand for copies: how many for each operation, the share of the largest buffer that each is at most, and
 #: for how many operations they live.
 STRAYS, STRAY_SHARE, STRAY_LIVES = 0.1, 1 / 64, (5, 60)
@@ -89,15 +91,20 @@ def expected_heap_bytes(buffers: Sequence[Buffer], length: int, share: float = 1
     starts, ends, sizes = np.array([(b.start, b.end, b.bytes) for b in large], np.int64).T
     count = int(STRAYS * length)
     random = np.random.default_rng(0)
-    total = 0
-    for _ in range(LAYOUTS):
+    found: list[int] = []
+    while len(found) < LAYOUTS and not _agree(found):
         earlier = np.maximum(0, starts - np.abs(random.normal(0.0, EARLIER, len(starts))).astype(np.int64))
         stray_starts = random.integers(0, length + 1, count)
         stray_ends = np.minimum(length, stray_starts + random.integers(*STRAY_LIVES, count))
         strays = (sizes.max() * STRAY_SHARE * random.random(count)).astype(np.int64) + 1
         columns = ((earlier, stray_starts), (-sizes, -strays), (ends, stray_ends))
-        total += _place(list(zip(*(np.concatenate(column).tolist() for column in columns), strict=True)))
-    return total // LAYOUTS + small_bytes
+        found.append(_place(list(zip(*(np.concatenate(column).tolist() for column in columns), strict=True))))
+    return sum(found) // len(found) + small_bytes
+
+
+def _agree(found: Sequence[int]) -> bool:
+    """Whether a few layouts came out so much alike that more of them are not worth their time."""
+    return len(found) >= ENOUGH and max(found) - min(found) <= ALIKE * min(found)
 
 
 def _divided(buffers: Sequence[Buffer], share: float) -> tuple[list[Buffer], int]:
