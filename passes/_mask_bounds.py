@@ -162,6 +162,16 @@ def _not(a: Range) -> Range:
     return 1 - _flag(a[1]), 1 - _flag(a[0])
 
 
+def _select(which: Range, *cases: Range) -> Range:
+    """Take the second case where all is true, the first where nothing is, and what holds both elsewhere."""
+    if len(cases) != 2:
+        raise Unknown("a choice between more than two cases has no rule")
+    (low_0, high_0), (low_1, high_1) = ((_flag(x) if np.asarray(x).dtype == bool else x for x in one) for one in cases)
+    all_true, none = np.equal(which[0], 1), np.equal(which[1], 0)
+    low = np.where(all_true, low_1, np.where(none, low_0, np.minimum(low_0, low_1)))
+    return low, np.where(all_true, high_1, np.where(none, high_0, np.maximum(high_0, high_1)))
+
+
 _RULES: dict[str, Callable[..., Range]] = {
     "lt": _lt,
     "le": _le,
@@ -178,6 +188,7 @@ _RULES: dict[str, Callable[..., Range]] = {
     "neg": lambda a: (np.negative(a[1]), np.negative(a[0])),
     "max": lambda a, b: (np.maximum(a[0], b[0]), np.maximum(a[1], b[1])),
     "min": lambda a, b: (np.minimum(a[0], b[0]), np.minimum(a[1], b[1])),
+    "select_n": _select,
     "convert_element_type": lambda a: a,
     "copy": lambda a: a,
     "stop_gradient": lambda a: a,

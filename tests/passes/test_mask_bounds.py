@@ -18,6 +18,7 @@ MASKS = {
     "both ways": lambda r, s: jnp.logical_not((s > r + 3) | (s < r - 5)),
     "blocks of two": lambda r, s: s < 2 * r + 1,
     "from the end": lambda r, s: (s.astype(jnp.float32) >= r) & (s != 5),
+    "lower triangle": lambda r, s: jnp.where(r - 2 >= s, jnp.bool_(True), jnp.bool_(False)),
     "all but one": lambda r, s: s != r,
 }
 
