@@ -1,0 +1,226 @@
+"""The attention programs whose schedules are compared, and the worker that compiles them and counts their kernels.
+
+In: lines of JSON on standard input, each a program: who made it, length, head size, mask, pass, block sizes. Out: a
+line of JSON each: cycles and matmul slots of its kernels, or why it has none. It runs as a process of its own, because
+libtpu takes the folder of its dumps from the environment when it starts.
+"""
+
+import glob
+import json
+import os
+import pathlib
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import _schedule
+import numpy as np
+
+#: Block sizes that are tried for each: queries x keys.
+BLOCKS = ((256, 512), (512, 512), (512, 1024), (1024, 512), (1024, 1024))
+SYSTEMS = ("memopt", "flash", "splash", "splash fused")
+_BACKWARD = re.compile(r"bwd|backward|dkv|dq|grad")
+
+
+def program(config: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
+    """Return a function of q, k, v (and the cotangent) and their shapes, for one head count, in bfloat16."""
+    import jax
+    import jax.numpy as jnp
+
+    shape = (config["heads"], config["length"], config["head_dim"])
+    shape = {"memopt": (1, shape[1], shape[0], shape[2]), "flash": (1, *shape)}.get(config["system"], shape)
+    forward = _makers()[config["system"]](config)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    if config["pass"] == "forward":
+        return forward, [x] * 3
+
+    def gradients(q, k, v, cotangent):
+        return jax.vjp(forward, q, k, v)[1](cotangent)
+
+    return gradients, [x] * 4
+
+
+def _makers() -> dict[str, Callable[[dict[str, Any]], Callable[..., Any]]]:
+    return {"memopt": _memopt, "flash": _flash, "splash": _splash, "splash fused": _splash}
+
+
+def _memopt(config: dict[str, Any]) -> Callable[..., Any]:
+    from memopt.pallas_kernels import attention
+
+    blocks = tuple(config["blocks"])
+    return lambda q, k, v: attention(q, k, v, is_causal=config["causal"], implementation="tpu", blocks=blocks)
+
+
+def _flash(config: dict[str, Any]) -> Callable[..., Any]:
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    rows, columns = config["blocks"]
+    forward = {"block_q": rows, "block_k_major": columns, "block_k": columns, "block_b": 1}
+    keys = {"block_q_major_dkv": rows, "block_k_major_dkv": columns, "block_k_dkv": columns, "block_q_dkv": rows}
+    queries = {"block_k_major_dq": columns, "block_k_dq": columns, "block_q_dq": rows}
+    sizes, scale = flash.BlockSizes(**forward, **keys, **queries), config["head_dim"] ** -0.5
+    return lambda q, k, v: flash.flash_attention(q, k, v, causal=config["causal"], sm_scale=scale, block_sizes=sizes)
+
+
+def _splash(config: dict[str, Any]) -> Callable[..., Any]:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    (rows, columns), length = config["blocks"], config["length"]
+    make = masks.CausalMask if config["causal"] else masks.FullMask
+    fused = config["system"] == "splash fused"
+    sizes = {"block_q": rows, "block_kv": columns, "block_kv_compute": columns}
+    sizes |= {"block_q_dkv": rows, "block_kv_dkv": columns, "block_kv_dkv_compute": columns}
+    sizes |= {} if fused else {"block_q_dq": rows, "block_kv_dq": columns}
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([make((length, length)) for _ in range(config["heads"])]),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash.BlockSizes(**sizes, use_fused_bwd_kernel=fused),
+    )
+    return lambda q, k, v: kernel((q * config["head_dim"] ** -0.5).astype(q.dtype), k, v)
+
+
+# Compiling.
+
+
+def compiled_counts(fn: Callable[..., Any], args: list[Any], target: str, folder: str) -> dict[str, _schedule.Count]:
+    """Compile a function for one chip, and return the count of each of its kernels by name.
+
+    Args:
+        fn: the function.
+        args: shapes of its arguments.
+        target: such as "v5e".
+        folder: where libtpu dumps what it compiles; emptied here.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    shape = "1x1x1" if target in ("v4", "v5p") else "1x1"
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name=f"{target}:{shape}", chips_per_host_bounds=(1, 1, 1)
+    )
+    place = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    args = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place) for x in args]
+    for old in pathlib.Path(folder).iterdir():
+        old.unlink()
+    with jax.default_device(topology.devices[0]):
+        lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",))
+    tables = scalar_tables(lowered.compiler_ir())
+    lowered.compile()
+    found = {}
+    for name, bundles, use in _dumped(folder):
+        kernel = max((one for one in tables if one in name), key=len, default="")  # XLA adds to the names
+        found[name] = _schedule.count(bundles, use, tables.get(kernel, {}))
+    return found
+
+
+def _dumped(folder: str) -> Iterator[tuple[str, str, str]]:
+    """Yield name, bundles and utilization of each kernel in a folder of dumps."""
+    for path in sorted(glob.glob(f"{glob.escape(folder)}/*-schedule-analysis_final_bundles.txt")):
+        stem = re.sub(r"-\d+-schedule-analysis_final_bundles\.txt$", "", path)
+        name = re.sub(r"^\d+-", "", pathlib.Path(stem).name)
+        if "tpu_custom_call" not in pathlib.Path(path).read_text() or name == "TLP":
+            continue
+        escaped = glob.escape(stem)
+        (bundles,) = (p for p in glob.glob(f"{escaped}-*-final_bundles.txt") if "schedule-analysis" not in p)
+        (use,) = glob.glob(f"{escaped}-*-final_hlo-static-per-bundle-utilization.txt")
+        yield name, pathlib.Path(bundles).read_text(), pathlib.Path(use).read_text()
+
+
+def scalar_tables(module: Any) -> dict[str, dict[int, np.ndarray]]:
+    """Return, by the names of a lowered module's kernels, those of their operands that are integer constants."""
+    calls: dict[str, Any] = {}
+    kernels: list[Any] = []
+    for one in _walk(module.operation):
+        if one.name == "func.call":
+            calls.setdefault(str(one.attributes["callee"]).lstrip("@"), one)
+        if one.name == "stablehlo.custom_call" and "tpu_custom_call" in str(one.attributes["call_target_name"]):
+            kernels.append(one)
+    found = {}
+    for one in kernels:
+        name = str(one.attributes["kernel_name"]).strip('"')
+        values = ((i, _constant(value, calls)) for i, value in enumerate(one.operands))
+        found[name] = {i: _schedule.words(array) for i, array in values if array is not None}
+    return found
+
+
+def _walk(operation: Any) -> Iterator[Any]:
+    for region in operation.regions:
+        for block in region.blocks:
+            for one in block.operations:
+                yield one.operation
+                yield from _walk(one.operation)
+
+
+def _constant(value: Any, calls: dict[str, Any]) -> np.ndarray | None:
+    """Return a value as an array, where it is a constant, maybe cast, reshaped or handed to a function."""
+    owner = value.owner
+    if not hasattr(owner, "attributes"):  # an argument of a block
+        outer = owner.owner
+        name = str(outer.attributes["sym_name"]).strip('"') if "sym_name" in outer.attributes else None
+        return _constant(calls[name].operands[value.arg_number], calls) if name in calls else None
+    shape, kind = tuple(value.type.shape), str(value.type.element_type)
+    if owner.name == "stablehlo.constant" and kind in ("i8", "i32", "ui8", "si8"):
+        return np.array(owner.attributes["value"]).reshape(shape)
+    if owner.name in ("stablehlo.convert", "stablehlo.reshape") and kind in ("i8", "i32"):
+        inner = _constant(owner.operands[0], calls)
+        return None if inner is None else inner.astype({"i8": np.int8, "i32": np.int32}[kind]).reshape(shape)
+    return None
+
+
+def row(config: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Return a program's count: of its forward kernels, or of its backward ones."""
+    try:
+        counts = compiled_counts(*program(config), config["target"], folder)
+    except (ValueError, NotImplementedError, RuntimeError, _schedule.Unknown) as error:
+        return config | {"note": str(error).splitlines()[0][:200] if str(error) else type(error).__name__}
+    backward = config["pass"] == "backward"
+    counts = {name: one for name, one in counts.items() if bool(_BACKWARD.search(name)) == backward}
+    cycles = sum(one.cycles for one in counts.values())
+    use = sum(one.matmul_use * one.cycles for one in counts.values()) / max(cycles, 1)
+    return config | {"cycles": cycles, "use": use, "kernels": sorted(counts)}
+
+
+def main() -> None:
+    """Answer the lines of standard input."""
+    sys.path[:] = [p for p in sys.path if pathlib.Path(p or ".").resolve() != pathlib.Path(__file__).parent.parent]
+    folder = os.environ["MEMOPT_SCHEDULE_DUMP"]
+    for line in sys.stdin:
+        print("row " + json.dumps(row(json.loads(line), folder)), flush=True)
+
+
+def answers(configs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield the counts of programs, one after another, from a process with a folder of dumps of its own."""
+    import subprocess
+
+    folder = tempfile.mkdtemp(prefix="memopt-schedule-")
+    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    environment = {**os.environ, "LIBTPU_INIT_ARGS": flags, "MEMOPT_SCHEDULE_DUMP": folder, "JAX_PLATFORMS": "cpu"}
+    try:
+        with subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        ) as worker:
+            assert worker.stdin is not None and worker.stdout is not None
+            for config in configs:
+                worker.stdin.write(json.dumps(config) + "\n")
+                worker.stdin.flush()
+                line = next((one for one in worker.stdout if one.startswith("row ")), None)
+                if line is None:
+                    raise RuntimeError(f"the worker ended at {config}: run {__file__} by hand to see why")
+                yield json.loads(line[4:])
+            worker.stdin.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
