@@ -21,6 +21,7 @@ from memopt import _compat as c
 from memopt.pallas_kernels._dtypes import wide
 from memopt.pallas_kernels.attention import api, reference
 from memopt.pallas_kernels.attention.spec import Extras, Spec, lean_blocks
+from memopt.passes._mask_bounds import Unknown, row_extents
 from memopt.passes._match import Node, Space
 from memopt.passes._match_attention import Found
 from memopt.passes._match_dims import Atom, region_between
@@ -174,6 +175,8 @@ def _shape(aval: Any) -> jax.ShapeDtypeStruct:
 
 # Masks that are settings.
 
+_MOST_PAIRS = 2**29  # of a mask that is evaluated pair by pair
+
 
 def static_bounds(space: Space, found: Found, value: int, allows: bool) -> tuple[int | None, int | None] | None:
     """Return `(left, right)` when a constant mask allows exactly `row - left <= column <= row + right`, else None."""
@@ -183,9 +186,15 @@ def static_bounds(space: Space, found: Found, value: int, allows: bool) -> tuple
         return None
     flip = bool(columns) and [id(a) for a in have][0] == id(columns[0]) and bool(time)
     nodes = region_between(space, [value], [])
-    extent = jax.jit(lambda: _extent(nodes, value, allows, flip)).lower()
-    first, last, count = (np.asarray(x) for x in extent.compile()())
-    return _bounds(first, last, count, int(np.prod([a.size for a in columns])))
+    size = int(np.prod([a.size for a in columns]))
+    try:
+        first, last, count = row_extents(nodes, value, space.avals[value].shape, allows=allows, flip=flip)
+    except Unknown:
+        if math.prod(space.avals[value].shape) > _MOST_PAIRS:
+            return None
+        extent = jax.jit(lambda: _extent(nodes, value, allows, flip)).lower()
+        first, last, count = (np.asarray(x) for x in extent.compile()())
+    return _bounds(first, last, count, size)
 
 
 def _extent(nodes: Sequence[Node], value: int, allows: bool, flip: bool):

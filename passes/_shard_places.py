@@ -107,7 +107,7 @@ def _weights(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
         for eqn, position, dims in _uses(flow, roles, var, stored):
             at_use = tuple(needed[d] if d is not None else () for d in dims)
             if eqn.primitive.name in _LOOKUPS and position == 0:
-                _look_up(eqn, tuple(stored[d] if d is not None else () for d in dims), rules, found)
+                _look_up(eqn, tuple(stored[d] if d is not None else () for d in dims), at_use, rules, found)
                 continue
             found.used[id(eqn), position] = (at_use,)
             found.gathered += eqn.invars[position].aval.size * eqn.invars[position].aval.dtype.itemsize
@@ -159,11 +159,12 @@ def _views(eqn: Any, position: int, dims: tuple, roles: Roles, stored: Spec) -> 
     return None
 
 
-def _look_up(eqn: Any, stored: Spec, rules: Rules, found: Places) -> None:
+def _look_up(eqn: Any, stored: Spec, at_use: Spec, rules: Rules, found: Places) -> None:
     """Look rows up in a table that is split along its features, without bringing the table together.
 
     The indices are brought together (they are small), the rows come out split along the features, and are then brought
-    to their split over the batch: an all-to-all.
+    to their split over the batch: an all-to-all. Where words are split, each device looks up its own, and rows are
+    added up.
     """
     out = eqn.outvars[0]
     numbers = eqn.params.get("dimension_numbers")
@@ -171,7 +172,7 @@ def _look_up(eqn: Any, stored: Spec, rules: Rules, found: Places) -> None:
     gone = {*getattr(numbers, "collapsed_slice_dims", ()), *getattr(numbers, "operand_batching_dims", ())}
     kept = [d for d in range(len(stored)) if d not in gone]
     if len(kept) != len(offsets) or not any(stored[d] for d in kept) or any(stored[d] for d in gone):
-        found.used[id(eqn), 0] = (tuple(() for _ in stored),)
+        found.used[id(eqn), 0] = (at_use,)
         return
     rows: list[tuple[str, ...]] = [()] * len(shape_of(out))
     for dim, source in zip(offsets, kept, strict=True):
@@ -185,16 +186,23 @@ def _moves(start: Spec, end: Spec) -> list[Spec]:
 
     An all-to-all moves what is innermost in the features: axes that go to two dimensions take two.
     """
-    steps, here = [], [list(axes) for axes in start]
+    steps: list[Spec] = []
+    here = [tuple(axes) for axes in start]
     features = max(range(len(start)), key=lambda d: len(start[d]))
     while here[features]:
         last = here[features][-1]
         dim = next((d for d, axes in enumerate(end) if last in axes and d != features), None)
-        if dim is None or here[features][-len(end[dim]) :] != list(end[dim]):
+        moved = () if dim is None else tuple(a for a in end[dim] if a in here[features])
+        if not moved or here[features][-len(moved) :] != moved or here[dim]:
             break
-        del here[features][-len(end[dim]) :]
-        here[dim] = list(end[dim])
-        steps.append(tuple(map(tuple, here)))
+        more = tuple(a for a in end[dim] if a not in moved)
+        if end[dim] != (*more, *moved):
+            break
+        if more:  # each device has these rows already: it drops the others
+            here[dim] = more
+            steps.append(tuple(here))
+        here[features], here[dim] = here[features][: -len(moved)], end[dim]
+        steps.append(tuple(here))
     return steps if steps and steps[-1] == end else [*steps, end]
 
 

@@ -67,8 +67,15 @@ def layout(mesh: Any, strategy: str | Mapping[str, Any]) -> Layout:
       ValueError: an unknown part or axis, or a mesh with too few axes for the parts.
     """
     if isinstance(strategy, str):
-        return _layout_of_parts(mesh, _parts(strategy), strategy)
-    return _layout_of_mapping(mesh, strategy)
+        return _nested(_layout_of_parts(mesh, _parts(strategy), strategy))
+    return _nested(_layout_of_mapping(mesh, strategy))
+
+
+def _nested(one: Layout) -> Layout:
+    """Return a layout whose smaller parts lie inside the larger ones: the update then cuts a gradient where it lies."""
+    gradients = tuple(sorted(one.gradients, key=lambda a: a not in one.parameters))
+    moments = tuple(sorted(one.moments, key=lambda a: (a not in one.parameters, a not in gradients)))
+    return dataclasses.replace(one, gradients=gradients, moments=moments)
 
 
 def _parts(strategy: str) -> list[str]:

@@ -192,6 +192,43 @@ def test_collectives_are_what_the_strategy_promises(strategy):
     assert totals(found)["all-reduce"][0] >= 1  # the loss
 
 
+BLOCKS, HEAD, ROWS = 2 * LAYERS * WIDTH * HIDDEN, WIDTH * WORDS, BATCH * LENGTH * WIDTH
+#: Elements sent by kind and devices in a group, each times its runs; what is smaller than a part of a weight left out.
+BETWEEN = {
+    # Weights and gradients over the inner four; new parameters, a quarter each, over the outer two.
+    "hierarchical": {
+        ("all-gather", 4): BLOCKS + HEAD,
+        ("reduce-scatter", 4): BLOCKS + HEAD,
+        ("all-gather", 2): (BLOCKS + 2 * HEAD) // 4 + ROWS // 4,
+        ("reduce-scatter", 2): HEAD // 4,
+        ("all-to-all", 4): 2 * ROWS // 8,
+    },
+    # No weight moves: partial sums of each layer, forward and backward, of the looked-up rows and of the head's.
+    "tensor": {("all-reduce", 8): (2 * LAYERS + 2) * ROWS},
+    # The same sums on a quarter of the rows, scattered along the sequence and gathered again: no all-reduce is left.
+    "zero3+tensor+sequence": {
+        ("reduce-scatter", 2): (2 * LAYERS + 1) * ROWS // 4 + ROWS // 8,
+        ("all-reduce", 2): 0,
+        ("reduce-scatter", 4): BLOCKS // 2 + HEAD // 2,
+        ("all-gather", 4): BLOCKS // 2 + 2 * (HEAD // 2),  # the table of words is as large as the head
+    },
+}
+
+
+@pytest.mark.parametrize("strategy", BETWEEN)
+def test_collectives_between_the_devices_of_each_axis(strategy):
+    fn, args = make_step()
+    step = memopt.optimize(fn, passes=[Shard(mesh_of(strategy), strategy, least_elements=64)], verify=False)
+    got = collections.Counter()
+    for one in memopt.collectives(step.lower(*args).compile()):
+        if one.whole_bytes // 4 > BATCH * LENGTH:
+            got[one.kind, one.ways] += one.whole_bytes // 4 * one.times
+    promised = BETWEEN[strategy]
+    small = {key: size for key, size in got.items() if key not in promised}
+    assert {key: got[key] for key in promised} == promised
+    assert strategy == "zero3+tensor+sequence" or not small
+
+
 def test_state_per_device_is_a_share_of_the_total():
     fn, args = make_step()
     step = memopt.optimize(fn, passes=[Shard(mesh_of("zero3"), "zero3", least_elements=0)], donate_argnums=0)
