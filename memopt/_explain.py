@@ -240,7 +240,7 @@ def explain_traced(
         An `Explanation`.
     """
     traced = getattr(traced, "traced", traced)  # nnx wraps JAX's
-    closed = _inline.inline(traced.jaxpr)
+    closed = _inline.inline(traced.jaxpr, respect_checkpoint=True)  # it is compiled with its barriers
     local = None if shardings is None else _local.local_shapes(closed, shardings)
     closed = closed if local is None else local.twin(closed)
     jaxpr = c.open_jaxpr(closed)

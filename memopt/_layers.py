@@ -25,6 +25,7 @@ from memopt import _graph as g
 from memopt._network import Choice
 
 _BOUNDS, _LEAST_BOUNDS, _BUILT = 16, 6, 30_000  # bounds tried, and operations of the step times bounds
+_CLOSE = 0.04  # levels nearer than this share of their bytes need no bound between them
 _SLACK = 1.005  # a bound may be passed by this much: what a block holds is known about so well
 _DENSE = 0.5  # of the median over the matmuls of the blocks
 LONG = 2000  # operations of a step from which fewer plans are tried
@@ -203,14 +204,29 @@ class _Table:
         return found
 
     def bounds(self, count: int) -> list[float]:
-        """Return bounds on the bytes, from what all blocks take at some level to the least that can be."""
+        """Return bounds on the bytes, from what all blocks take at some level to the least that can be.
+
+        More of them lie in the middle between two, where bytes times FLOPs at stake are most.
+        """
         each = [float(x) for x in self.each]
         low, high = 0.0, min(each)
         for _ in range(20):
             middle = (low + high) / 2
             low, high = (low, middle) if self.cheapest(middle) is not None else (middle, high)
-        between = np.geomspace(max(high, 1.0), max(*each, 1.0), max(2, count - len(each)))  # blocks may hold nothing
-        return sorted({*(_SLACK * x for x in each), *(_SLACK * x for x in between)}, reverse=True)
+        repeated = {x: self._flops_within(x) for x in {*each, high}}
+        while len(repeated) < max(count, len(each) + 3):
+            found = sorted(repeated)
+            gaps = [((b - a) * (repeated[a] - repeated[b]), a, b) for a, b in zip(found, found[1:], strict=False)]
+            _, low, high = max((gap for gap in gaps if gap[2] > (1 + _CLOSE) * gap[1]), default=(0, 0.0, 0.0))
+            if high == 0.0:
+                break
+            middle = (low + high) / 2
+            repeated[middle] = self._flops_within(middle)
+        return sorted((_SLACK * x for x in repeated), reverse=True)
+
+    def _flops_within(self, bound: float) -> float:
+        levels = self.cheapest(_SLACK * bound)
+        return np.inf if levels is None else sum(self.flops[k, block] for block, k in enumerate(levels))
 
     def cheapest(self, bound: float) -> tuple[int, ...] | None:
         """Return the level of each block that repeats the fewest FLOPs within a bound; None where nothing fits."""

@@ -81,7 +81,7 @@ class Step:
     @functools.cached_property
     def flat(self) -> Any:
         """The step as it is surveyed, its loops divided; None where they cannot be."""
-        flat = _prepare.prepare(self.outcome.closed, sinks=bool(self._proposing))
+        flat = _prepare.prepare(self.outcome.closed, self.target.platform, sinks=bool(self._proposing))
         return flat if self.variant is None else _split.apply_variant(flat, self.variant)
 
     @property
