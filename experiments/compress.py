@@ -57,7 +57,8 @@ def row(built: tuple, passes: Sequence[Any], target: str, most_flops: float, com
     step, args, options = built
     common = dict(target=target, passes=list(passes), verify=False, **options)
     points = memopt.optimize(step, budget="100%", **common).frontier(*args)[1:]
-    least = min((p for p in points if p.recompute_flops <= most_flops), key=lambda p: p.peak_bytes)
+    allowed = [p for p in points if p.recompute_flops <= most_flops]
+    least = min(allowed or points, key=lambda p: p.peak_bytes if allowed else p.recompute_flops)
     planned = memopt.optimize(step, budget=least.peak_bytes, **common)
     plan = planned.plan(*args)
     found = {

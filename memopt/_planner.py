@@ -20,13 +20,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _pairs, _rerun, _rewrite, _saved, _search, _split
+from memopt import _pairs, _rerun, _rewrite, _rungs, _saved, _split
 from memopt._contract import Context
 from memopt._fingerprint import fingerprint
 from memopt._local import Shardings
 from memopt._plan import Plan
 from memopt._plans import Plans
-from memopt._search import Rung, Search
+from memopt._rungs import Rung
+from memopt._search import Search
 from memopt._step import Step
 
 #: A loop is divided into levels where the stack of its carries is at least this share of the smallest peak found.
@@ -41,15 +42,23 @@ class Ladder:
       step: what was planned, None where nothing was.
       planning_seconds: how long it took.
       first: the first rung that may be chosen: 1 where a plan was given or a pass rewrites the step in any case.
+      spares: plans that a rung beats by predicted peak, and none would if the compiler's heap had no holes. Their
+        indices follow those of the rungs; `choose` never takes them.
     """
 
-    def __init__(self, rungs: Sequence[Rung], step: Step, planning_seconds: float, first: int = 0):
-        self.rungs = list(rungs)
+    def __init__(
+        self, rungs: Sequence[Rung], step: Step, planning_seconds: float, first: int = 0, spares: Sequence[Rung] = ()
+    ):
+        self.rungs, self.spares = list(rungs), list(spares)
         self.step = step
         self.planning_seconds = planning_seconds
         self.first = first
         self.rows: tuple[Any, ...] = ()  # of a pass that searched: what it chose from
         self.others: Iterator[Ladder] | None = None  # the ladders of its next choices
+
+    def rung(self, index: int) -> Rung:
+        """Return a rung or a spare."""
+        return self.rungs[index] if index < len(self.rungs) else self.spares[index - len(self.rungs)]
 
     def choose(self, budget_bytes: int | None, measured: Mapping[int, int] | None = None) -> int | None:
         """Return the cheapest rung whose peak, measured where known, is within the budget; None where none is."""
@@ -61,7 +70,7 @@ class Ladder:
 
     def plan(self, index: int | None, budget_bytes: int | None = None) -> Plan:
         """Return the readable plan of a rung."""
-        rung = self.rungs[index or 0]
+        rung = self.rung(index or 0)
         step = rung.step
         as_written = rung.closed is step.closed
         rows = [*self.rows, *(() if as_written else step.outcome.rows), *step.decisions(rung.choice)]
@@ -126,16 +135,19 @@ def make_ladder(
         build = functools.partial(Step, closed, target, passes, overrides, shardings, context=context, rewritten={})
         step = build()
         start += step.compile_seconds
-        plain = _search.plain_rung(step, donated)
+        plain = _rungs.plain_rung(step, donated)
         if step.survey is None:
             return Ladder([plain], step, time.perf_counter() - start)
         searches = _best([Search(one, donated, plain) for one in (step, *_without_options(step, build))])
         rungs = [rung for search in searches for rung in _search_all(search, build, donated, plain)]
         if _rewrite.is_required(passes):
             base = max(rungs, key=lambda r: r.predicted_peak_bytes)
-            found = _search.hull(dataclasses.replace(base, predicted_peak_bytes=base.predicted_peak_bytes + 1), rungs)
-            return Ladder([plain, *found], step, time.perf_counter() - start, first=1)
-        return Ladder([plain, *_search.hull(plain, rungs)], step, time.perf_counter() - start)
+            found = _rungs.hull(dataclasses.replace(base, predicted_peak_bytes=base.predicted_peak_bytes + 1), rungs)
+            spares = _rungs.spares(found, rungs)
+            return Ladder([plain, *found], step, time.perf_counter() - start, first=1, spares=spares)
+        found = _rungs.hull(plain, rungs)
+        spares = _rungs.spares(found, rungs)
+        return Ladder([plain, *found], step, time.perf_counter() - start, spares=spares)
 
 
 def _without_options(step: Step, build: Callable[..., Step]) -> list[Step]:
@@ -233,7 +245,7 @@ def ladder_of_plan(
             raise _saved.damaged("variant", f"is {plan.variant}, and no loop of this step can be divided so")
     start += step.compile_seconds
     plan.check_fingerprint(step.fingerprint)
-    plain = _search.plain_rung(step, donated)
+    plain = _rungs.plain_rung(step, donated)
     if step.survey is None:
         return Ladder([plain], step, time.perf_counter() - start)
     search = Search(step, donated, plain)

@@ -12,8 +12,12 @@ from memopt import _compat as c
 from memopt import _eager, _narrow, _onehot, _sink, _transposes
 
 
-def prepare(closed: Any) -> Any:
-    """Return an equal flat closed jaxpr that holds less."""
-    for preparation in (_sink.sink, _onehot.onehot, _narrow.narrow, _transposes.fold):
+def prepare(closed: Any, *, sinks: bool = True) -> Any:
+    """Return an equal flat closed jaxpr that holds less.
+
+    With `sinks` loop constants are made inside their loops, which is worth it where they can be made again there: kept
+    for the backward loop, each would be one for every trip.
+    """
+    for preparation in (*([_sink.sink] if sinks else []), _onehot.onehot, _narrow.narrow, _transposes.fold):
         closed = preparation(closed)
     return _eager.eager(c.close(c.dce(closed)[0], c.jaxpr_consts(closed)))

@@ -247,7 +247,7 @@ class Program:
     @property
     def rung(self) -> Any:
         """The chosen rung."""
-        return self.ladder.rungs[self.index]
+        return self.ladder.rung(self.index)
 
     @property
     def jaxpr(self) -> Any:
@@ -273,7 +273,7 @@ class Program:
         if index is None:
             return self.plain
         if index not in self._rungs:
-            jaxpr = self.ladder.rungs[index].jaxpr()
+            jaxpr = self.ladder.rung(index).jaxpr()
             self._rungs[index] = self.plain if jaxpr is self.closed_jaxpr else self._jit_rung(jaxpr)
         return self._rungs[index]
 

@@ -8,16 +8,16 @@ budget is the planner's business.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from memopt import _apply, _cost, _late, _layers, _segments, _settled, _timeline
+from memopt import _apply, _cost, _late, _layers, _mixtures, _segments, _settled, _timeline
 from memopt import _compat as c
 from memopt._network import Choice, Network
 from memopt._refine import holding, refine
+from memopt._rungs import Rung, hull
 from memopt._step import Step
 from memopt._usage import usage_of
 
@@ -34,42 +34,6 @@ _FILLS, _LEAST_FILLS = 40, 6  # plans tried between neighbours on the hull, and 
 _FILLED = 15_000  # operations built for them in all
 _BISECTIONS = 10  # prices tried for one cut with varied costs
 _VARIED = 0.5  # standard deviation of the logarithm of a varied cost
-
-
-@dataclasses.dataclass(eq=False)
-class Rung:
-    """One complete plan: the rewritten step and its predicted figures.
-
-    Attributes:
-      closed: the rewritten closed jaxpr, with the step's own inputs and outputs.
-      predicted_peak_bytes: predicted peak per device.
-      packed_peak_bytes: the same if the compiler's heap had no holes: the least that it can come to.
-      seconds: predicted time that the plan adds to the step as written.
-      recompute_flops: matmul and convolution FLOPs that it adds.
-      choice: what is run again where, and what is kept in another form.
-      step: what it is a plan of.
-      price: the price of memory, in seconds per byte, at which the cut chose it; None for the step as written.
-      usage: the largest predicted bytes of temporaries in each time segment; None for the step as written.
-    """
-
-    closed: Any
-    predicted_peak_bytes: int
-    packed_peak_bytes: int
-    seconds: float
-    recompute_flops: float
-    choice: Choice
-    step: Step
-    price: float | None = None
-    usage: np.ndarray | None = dataclasses.field(default=None, repr=False)
-
-    def jaxpr(self) -> Any:
-        """Return the rewritten closed jaxpr."""
-        return self.closed
-
-
-def plain_rung(step: Step, donated: Sequence[bool]) -> Rung:
-    timeline = _timeline.simulate(step.closed, donated=donated, target=step.target, local=step.local)
-    return Rung(step.closed, timeline.peak_bytes, timeline.packed_peak_bytes, 0.0, 0.0, Choice({}), step)
 
 
 class Search:
@@ -230,7 +194,7 @@ class Search:
             if gap is None:
                 break
             tried.add((id(gap[0]), id(gap[1])))
-            mixed = _mixtures(gap[0].choice, gap[1].choice, self.always, self.survey.graph)
+            mixed = _mixtures.mixtures(gap[0].choice, gap[1].choice, self.always, self.survey.graph)
             for choice in [*mixed, *self._kept_again(gap[1]), *self._kept_plain(gap[1])]:
                 self.score(choice)
             self._vary(gap, random)
@@ -312,40 +276,6 @@ def _between(gap: tuple[Rung, Rung]) -> float:
     return _bytes_between(*gap) * (gap[1].seconds - gap[0].seconds) * (_FREE if free else 1.0)
 
 
-def _mixtures(one: Choice, other: Choice, always: Set[int], graph: Any) -> list[Choice]:
-    """Return the two plans that follow one choice for the first half of what they differ in, and the other after it."""
-    left, right = ({(op, place) for place, ops in x.repeats.items() for op in ops} for x in (one, other))
-    makers = {v: _maker(graph, v) for v in {*one.stores, *other.stores}}
-    stored = {makers[v] for v in makers if one.stores.get(v) is not other.stores.get(v)}
-    differing = sorted({op for op, _ in left ^ right} | stored)
-    if len(differing) < 2:
-        return []
-    middle = differing[len(differing) // 2]
-    both = {e for e in left | right if e[0] in always}
-    return [
-        _joined((a, x.stores), (b, y.stores), middle, both, makers)
-        for (a, x), (b, y) in (((left, one), (right, other)), ((right, other), (left, one)))
-    ]
-
-
-def _joined(first: tuple, second: tuple, middle: int, both: Set, makers: Mapping[int, int]) -> Choice:
-    """Return the first plan's decisions on the operations before one, and the second's on the rest."""
-    entries = {e for e in first[0] if e[0] < middle} | {e for e in second[0] if e[0] >= middle}
-    repeats: dict[int, set[int]] = {}
-    for op, place in sorted(entries | both):
-        repeats.setdefault(place, set()).add(op)
-    stores = {v: s for v, s in first[1].items() if makers[v] < middle}
-    stores |= {v: s for v, s in second[1].items() if makers[v] >= middle}
-    return Choice({place: frozenset(ops) for place, ops in repeats.items()}, dict(sorted(stores.items())))
-
-
-def _maker(graph: Any, value: int) -> int:
-    """Return the operation that makes a value; of a loop's carry the loop's."""
-    item = graph.values[value]
-    op = item.op or graph.regions[item.region].op
-    return -1 if op is None else op.id
-
-
 def _is_matmul(op: Any) -> bool:
     return op.eqn.primitive.name in ("dot_general", "conv_general_dilated")
 
@@ -356,24 +286,3 @@ def _is_plain_matmul(op: Any) -> bool:
 
 def _is_named(op: Any) -> bool:
     return op.eqn.primitive.name == "name"
-
-
-def hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:
-    """Drop every plan that another one beats in peak and cost, or that saves nothing; largest peak first.
-
-    The cost is the repeated FLOPs, then the seconds; where a plan stores a value for seconds (a transfer, a codec), it
-    is the seconds of all of them: FLOPs alone would call a slow transfer free.
-    """
-    timed = any(s.seconds and not s.late for rung in rungs for s in rung.choice.stores.values())
-
-    def cost(rung: Rung) -> tuple[float, float, int]:
-        seconds, flops = rung.seconds, rung.recompute_flops
-        return (seconds, flops, rung.predicted_peak_bytes) if timed else (flops, seconds, rung.predicted_peak_bytes)
-
-    out: list[Rung] = []
-    for rung in sorted(rungs, key=cost):
-        if rung.predicted_peak_bytes < (out[-1] if out else plain).predicted_peak_bytes:
-            out.append(rung)
-    for before, rung in zip(out, out[1:], strict=False):
-        rung.seconds = max(rung.seconds, before.seconds)  # fewer FLOPs for more bytes may take longer: say the longer
-    return out

@@ -81,8 +81,12 @@ class Step:
     @functools.cached_property
     def flat(self) -> Any:
         """The step as it is surveyed, its loops divided; None where they cannot be."""
-        flat = _prepare.prepare(self.outcome.closed)
+        flat = _prepare.prepare(self.outcome.closed, sinks=bool(self._proposing))
         return flat if self.variant is None else _split.apply_variant(flat, self.variant)
+
+    @property
+    def _proposing(self) -> list[Any]:
+        return [p for p in self.passes if callable(getattr(p, "propose", None))]
 
     @property
     def variant_key(self) -> tuple:
@@ -97,8 +101,7 @@ class Step:
     def _survey(self, overrides: Mapping[str, str] | None) -> None:
         self.survey = Survey(self.flat, self.target, self.local)
         self.names = Names(self.survey)
-        proposing = [p for p in self.passes if callable(getattr(p, "propose", None))]
-        proposals = [x for p in proposing for x in p.propose(self.survey)]
+        proposals = [x for p in self._proposing for x in p.propose(self.survey)]
         never, self.always = settle(self.survey, self.names, overrides)
         self.repeatable = {x.op: x.seconds for x in proposals if isinstance(x, Repeat) and x.op not in never}
         self.always &= set(self.repeatable)

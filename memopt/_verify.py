@@ -31,9 +31,11 @@ _PREDICTION_SLACK = 1.15
 _NEAR, _WORTH = 1.015, 0.0025
 #: So is one that fits but for holes of the heap: without them it is predicted so far below the budget, with them so
 #: much larger, and it repeats less by this share of the step. Where holes are large, half of such plans have none.
-_PACKED, _HOLES, _LUCKY_WORTH = 0.98, 1.08, 0.03
+_PACKED, _HOLES, _LUCKY_WORTH = 0.975, 1.08, 0.03
+#: After one that missed, the next is smaller by this factor without holes.
+_SMALLER = 0.995
 #: How many are tried of both.
-_HOPES = 2
+_HOPES = 3
 _LISTED = 8
 
 
@@ -84,9 +86,9 @@ def _first_choice(program: Program, verified: bool) -> int:
 
 def _by_peak(program: Program) -> list[tuple[int, int]]:
     """Return the rungs with their peaks, measured where known, smallest first."""
-    peaks = {index: rung.predicted_peak_bytes for index, rung in enumerate(program.ladder.rungs)} | program.measured
+    peaks = [program.measured.get(index, rung.predicted_peak_bytes) for index, rung in enumerate(program.ladder.rungs)]
     first = getattr(program.ladder, "first", 0)
-    return sorted((item for item in peaks.items() if item[0] >= first), key=lambda item: item[1])
+    return sorted((item for item in enumerate(peaks) if item[0] >= first), key=lambda item: item[1])
 
 
 def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stages.Compiled | None:
@@ -123,29 +125,29 @@ def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stag
 
 
 def _hopeful(program: Program) -> int | None:
-    """Return the rung to compile first: the chosen one, or one that repeats less and may fit.
+    """Return the rung to compile first: the chosen one, or another that may fit and repeats less.
 
     Predictions are means over layouts of the heap: a plan predicted a little over the budget often fits, and one with
-    large holes compiles with or without them. A plan is compiled once and run many times.
+    large holes compiles with or without them. A plan is compiled once and run many times. Where no plan is predicted to
+    fit, what it repeats does not matter.
     """
     index, budget = program.index, program.budget_bytes
     if index is None or budget is None:
         return index
-    rungs, first = program.ladder.rungs, getattr(program.ladder, "first", 0)
-    step_flops = getattr(getattr(program.ladder, "step", None), "baseline_flops", 0.0)
-    for other in range(first, index):
-        saved = rungs[index].recompute_flops - rungs[other].recompute_flops
-        if other not in program.measured and saved > _least_saving(rungs[other], budget) * step_flops:
+    ladder, first = program.ladder, getattr(program.ladder, "first", 0)
+    chosen, step_flops = ladder.rung(index), getattr(getattr(ladder, "step", None), "baseline_flops", 0.0)
+    over = program.measured.get(index, chosen.predicted_peak_bytes) > budget
+    least = min((ladder.rung(tried).packed_peak_bytes for tried in program.measured), default=math.inf)
+    packed_bytes = min(_PACKED * budget, _SMALLER * least)
+    spares = range(len(ladder.rungs), len(ladder.rungs) + len(ladder.spares))
+    for other in sorted([*range(first, index), *spares], key=lambda other: ladder.rung(other).recompute_flops):
+        rung = ladder.rung(other)
+        saved = chosen.recompute_flops - rung.recompute_flops
+        near = rung.predicted_peak_bytes <= _NEAR * budget and saved > _WORTH * step_flops
+        holed = packed_bytes >= rung.packed_peak_bytes < rung.predicted_peak_bytes / _HOLES
+        if other not in program.measured and (near or (holed and (over or saved > _LUCKY_WORTH * step_flops))):
             return other
     return index
-
-
-def _least_saving(rung: Any, budget: int) -> float:
-    """Return the share of the step's FLOPs from which on a rung predicted over the budget is worth a compilation."""
-    mean, packed = rung.predicted_peak_bytes, rung.packed_peak_bytes
-    if mean <= _NEAR * budget:
-        return _WORTH
-    return _LUCKY_WORTH if packed <= _PACKED * budget and mean > _HOLES * packed else math.inf
 
 
 def compile_rung(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, Memory]:
@@ -212,7 +214,7 @@ def _next_choice(program: Program, attempt: int) -> int:
     """Choose again after a miss; where nothing is expected to fit then, the smallest rung is still tried."""
     assert program.budget_bytes is not None
     measured = program.measured
-    index = program.ladder.choose(program.budget_bytes, _expected(program))
+    index = program.ladder.choose(program.budget_bytes, _expected(program, of=1 if attempt == REPLANS - 1 else 2))
     if index is None:
         index = next((rung for rung, _ in _by_peak(program) if rung not in measured), None)
     if attempt == REPLANS or index is None:
@@ -221,17 +223,22 @@ def _next_choice(program: Program, attempt: int) -> int:
     return index
 
 
-def _expected(program: Program) -> dict[int, int]:
-    """Return the peak of each rung: measured, or predicted and corrected by the error of the nearest measured one.
+def _expected(program: Program, of: int = 1) -> dict[int, int]:
+    """Return the peak of each rung: measured, or predicted and corrected by an error that was measured near it.
 
-    Rungs near each other hold most of the same values, and the compiler's layout wastes about the same bytes on them.
+    Rungs near each other hold most of the same values, and the compiler's layout wastes about the same bytes on them;
+    but one in a few has a hole of its own. So the smallest error of the nearest `of` is taken.
     """
-    rungs, measured = program.ladder.rungs, program.measured
+    rungs = program.ladder.rungs
+    measured = {index: peak for index, peak in program.measured.items() if index < len(rungs)}
+    errors = {index: peak - rungs[index].predicted_peak_bytes for index, peak in measured.items()}
     found = dict(measured)
+    if not measured:
+        return found
     for index, rung in enumerate(rungs):
         if index not in measured:
-            nearest = min(measured, key=lambda other: (abs(other - index), -other))
-            found[index] = rung.predicted_peak_bytes + measured[nearest] - rungs[nearest].predicted_peak_bytes
+            nearest = sorted(errors, key=lambda other: (abs(other - index), -other))[:of]
+            found[index] = rung.predicted_peak_bytes + min(errors[other] for other in nearest)
     return found
 
 
@@ -269,7 +276,7 @@ def budget_error(program: Program, index: int, smallest_peak_bytes: int) -> Budg
 
 def _compiler_advice(program: Program, index: int, peak_bytes: int) -> list[str]:
     """Say where XLA:CPU, which does not order what stands outside loops for memory, is what misses the budget."""
-    predicted = program.ladder.rungs[index].predicted_peak_bytes
+    predicted = program.ladder.rung(index).predicted_peak_bytes
     if program.settings.target.platform != "cpu" or peak_bytes <= _PREDICTION_SLACK * predicted:
         return []
     return [
@@ -280,7 +287,7 @@ def _compiler_advice(program: Program, index: int, peak_bytes: int) -> list[str]
 
 
 def _alive(program: Program, index: int) -> list[str]:
-    jaxpr = program.ladder.rungs[index].jaxpr()
+    jaxpr = program.ladder.rung(index).jaxpr()
     timeline = simulate(jaxpr, donated=program.donated, target=program.settings.target, local=program.local)
     found = [(live.bytes, f"{live.name} {live.source}".strip() or _unnamed(live)) for live in timeline.alive()]
     arguments = sum(map(aval_bytes, program.argument_avals))

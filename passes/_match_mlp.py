@@ -24,7 +24,8 @@ _ASIDE = frozenset({"convert_element_type", "reshape", "transpose", "squeeze", "
 _PLAIN = frozenset({"name", "copy", "copy_p", "stop_gradient", "optimization_barrier"})
 _POINTWISE = _ASIDE | _PLAIN | {
     "mul", "div", "add", "sub", "neg", "max", "min", "exp", "logistic", "tanh", "erf", "erfc", "integer_pow", "square",
-    "add_any", "select_n", "gt", "ge", "lt", "le", "eq", "broadcast_in_dim", "pow", "exp2", "abs", "sqrt",
+    "add_any", "one_minus_square", "select_n", "gt", "ge", "lt", "le", "eq", "broadcast_in_dim", "pow", "exp2", "abs",
+    "sqrt",
 }  # fmt: skip
 _ROOT = np.sqrt(2 / np.pi)
 

@@ -22,7 +22,7 @@ _PLAIN = frozenset({"name", "copy", "copy_p", "stop_gradient", "optimization_bar
 _ROOTS = frozenset({"rsqrt", "sqrt", "pow"})
 _POINTWISE = _LAYOUT | _PLAIN | {
     "mul", "div", "add", "add_any", "sub", "neg", "max", "min", "square", "integer_pow", "sqrt", "rsqrt", "pow", "abs",
-    "select_n", "eq", "ge", "gt", "le", "lt",
+    "select_n", "eq", "ge", "gt", "le", "lt", "one_minus_square",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _forms, _scopes
+from memopt import _forms, _fusion, _scopes
 from memopt import _graph as g
 from memopt._survey import Survey
 
@@ -109,6 +109,21 @@ def small(survey: Survey) -> set[int]:
     least = SMALL_SHARE * sum(one.bytes * one.trips for one in ordered)
     held = itertools.accumulate(one.bytes * one.trips for one in ordered)
     return {one.value for one, total in zip(ordered, held, strict=True) if total < least}
+
+
+def statistics(graph: g.Graph) -> set[int]:
+    """Return what reductions make, and what is made of that alone, element by element or spread out again.
+
+    Sums, maxima and variances of rows: gradients are divided by them, so a small error of theirs is a large one there,
+    and one that is rounded to 0 makes them infinite.
+    """
+    found: set[int] = set()
+    for op in graph.ops:
+        name, read = op.eqn.primitive.name, [v for v in op.inputs if v is not None]
+        made_of = name in _fusion.ELEMENTWISE and read and found.issuperset(read)
+        if (name in _fusion.REDUCTIONS and "window" not in name) or made_of:
+            found.update(op.outputs)
+    return found
 
 
 def last_backward(graph: g.Graph) -> dict[int, int]:

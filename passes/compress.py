@@ -57,7 +57,9 @@ class Compress:
     Network Architectures", ICML 2022 (one codec for whatever a backward pass reads).
 
     Blocks of 128 values run down the rows (tokens) of each channel: XLA:TPU fuses these, and wrote the scales of blocks
-    along the channels out in full. Where rows are no multiple of 32, each row is a block.
+    along the channels out in full. Where rows are no multiple of 32, and for attention scores, each row is a block.
+    Left as they are: statistics of rows, values outside loops that gradients read at once, parameters in another type,
+    and what no gradient needs.
 
     Derivatives: Jin et al., "S2A" (arXiv 2503.08154); Chiang et al., "MobileTL" (AAAI 2023, arXiv 2212.03246). The
     backward pass then multiplies by them (the order of products changes), whatever the plan. Softmax and norms need no
@@ -102,7 +104,7 @@ class Compress:
 
     def propose(self, survey: Survey) -> Iterator[Store | Left]:
         """Yield a `Store` for every codec and every forward value of floats that it makes smaller."""
-        left = _residuals.small(survey) | _soon(survey)
+        left = _residuals.small(survey) | _soon(survey) | _residuals.statistics(survey.graph)
         rows = _row_shapes(survey)
         for one in _residuals.chosen(survey, self.where):
             for codec in self.codecs if one.lossy_readers else ():

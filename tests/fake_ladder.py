@@ -26,7 +26,10 @@ class Ladder:
         fn = jaxpr_as_fun(closed)
         guarded = jax.make_jaxpr(lambda *xs: fn(*(jax.lax.optimization_barrier(list(xs)) if xs else xs)))
         rewritten = guarded(*avals)
-        self.rungs = [rung(closed, 2**40, 0.0), rung(rewritten, 1, 8.0)]
+        self.rungs, self.spares = [rung(closed, 2**40, 0.0), rung(rewritten, 1, 8.0)], []
+
+    def rung(self, index):
+        return self.rungs[index]
 
     def choose(self, budget_bytes, measured):
         peaks = [measured.get(i, r.predicted_peak_bytes) for i, r in enumerate(self.rungs)]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memopt import _apply, _blocks, _layers, _search
+from memopt import _apply, _blocks, _layers, _rungs, _search
 from memopt import _compat as c
 from memopt._network import Choice
 from memopt._step import Step
@@ -53,7 +53,7 @@ def search() -> _search.Search:
     closed = jax.make_jaxpr(step)(weights, weights, shape(65536, DIM).update(dtype=jnp.bfloat16))
     donated = [True] * (8 * DEPTH) + [False]
     surveyed = Step(closed, TARGET, [Remat()], None, None)
-    return _search.Search(surveyed, donated, _search.plain_rung(surveyed, donated))
+    return _search.Search(surveyed, donated, _rungs.plain_rung(surveyed, donated))
 
 
 @functools.cache
@@ -168,7 +168,7 @@ def test_repeats_are_not_tied_to_gradients_of_weights():
 def test_steps_without_equal_blocks_are_left_to_the_cut():
     closed = jax.make_jaxpr(jax.grad(lambda w, x: jnp.sum(jnp.tanh(x @ w))))(shape(DIM, DIM), shape(64, DIM))
     surveyed = Step(closed, TARGET, [Remat()], None, None)
-    alone = _search.Search(surveyed, [False, False], _search.plain_rung(surveyed, [False, False]))
+    alone = _search.Search(surveyed, [False, False], _rungs.plain_rung(surveyed, [False, False]))
     assert _layers._layers(alone) is None
 
 

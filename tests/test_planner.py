@@ -15,7 +15,7 @@ import pytest
 
 import memopt
 from memopt import _compat as c
-from memopt import _search
+from memopt import _rungs, _search
 from memopt._contract import Left, Pass, Repeat
 from memopt._plan import Plan
 from memopt._planner import Ladder, ladder_of_plan, make_ladder
@@ -170,8 +170,8 @@ def of_cuts_alone():
     """The ladder of the sweep's cuts, without what is found between them."""
     closed = traced()
     step = Step(closed, TARGET, [Remat()], None, None)
-    plain = _search.plain_rung(step, ())
-    return Ladder([plain, *_search.hull(plain, _search.Search(step, (), plain).run(refined=False))], step, 0.0)
+    plain = _rungs.plain_rung(step, ())
+    return Ladder([plain, *_rungs.hull(plain, _search.Search(step, (), plain).run(refined=False))], step, 0.0)
 
 
 def test_cut_plans_have_no_gap_at_their_own_peak():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from memopt import _search
+from memopt import _rungs, _search
 from memopt._refine import Holding
 from memopt._step import Step
 from memopt._target import Target
@@ -38,12 +38,12 @@ class Judged(_search.Search):
         return Holding(sizes, never, never)
 
 
-def ladder(closed) -> list[_search.Rung]:
+def ladder(closed) -> list[_rungs.Rung]:
     """Return all plans of a step, judged by the oracle's accounting."""
     step = Step(closed, Target.parse("tpu:v5e:1x1"), [Remat()], None, None)
-    plain = _search.plain_rung(step, ())
+    plain = _rungs.plain_rung(step, ())
     plain.predicted_peak_bytes, plain.seconds = oracle_graphs.measure_jaxpr(closed)
-    return [plain, *_search.hull(plain, Judged(step, (), plain).run())]
+    return [plain, *_rungs.hull(plain, Judged(step, (), plain).run())]
 
 
 def plan(closed, budget_bytes: int):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from memopt import _search
+from memopt import _mixtures, _rungs
 from memopt._contract import Store
 from memopt._network import Choice
 from memopt._planner import make_ladder
@@ -38,7 +38,7 @@ def test_mixtures_take_one_plans_forms_up_to_an_operation_and_the_others_after_i
     first, second, third, fourth = (store(v.id) for v in made)
     one = Choice({0: frozenset({made[0].op.id})}, {first.value: first, second.value: second})
     other = Choice({}, {third.value: third, fourth.value: fourth})
-    found = _search._mixtures(one, other, set(), graph)
+    found = _mixtures.mixtures(one, other, set(), graph)
     middle = sorted({v.op.id for v in made})[2]
     early = {v.id for v in made if v.op.id < middle}
     assert [set(c.stores) for c in found] == [
@@ -55,8 +55,17 @@ def rung(flops, seconds, peak, stored=0.0):
 
 def test_a_slow_transfer_is_not_called_free():
     plain, repeat, away = rung(0, 0, 100), rung(5, 0.1, 60), rung(0, 9.0, 50, stored=9.0)
-    assert _search.hull(plain, [away, repeat]) == [repeat, away]
-    assert _search.hull(plain, [rung(0, 9.0, 50), repeat])[0].recompute_flops == 0
+    assert _rungs.hull(plain, [away, repeat]) == [repeat, away]
+    assert _rungs.hull(plain, [rung(0, 9.0, 50), repeat])[0].recompute_flops == 0
+
+
+def test_spares_are_what_no_plan_beats_without_holes():
+    plain, good, holed, worse = rung(0, 0, 100), rung(5, 0.1, 60), rung(4, 0.1, 110), rung(6, 0.1, 70)
+    for one, packed in ((plain, 90), (good, 55), (holed, 50), (worse, 54)):
+        one.packed_peak_bytes = packed
+    chosen = _rungs.hull(plain, [good, holed, worse])
+    assert chosen == [good]
+    assert _rungs.spares(chosen, [good, holed, worse]) == [holed]
 
 
 @pytest.mark.parametrize("technique", [Compress("int8"), Offload(least_bytes=4096)])

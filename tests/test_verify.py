@@ -37,8 +37,14 @@ STEP, SMALL_STEP = step_of(lambda f: f), step_of(jax.checkpoint)
 class Ladder:
     """Rungs from (function, predicted peak) pairs; the planner's own choice."""
 
-    def __init__(self, closed, rungs):
-        self.rungs = [rung(closed if fn is None else jax.make_jaxpr(fn)(W, X), *rest) for fn, *rest in rungs]
+    def __init__(self, closed, rungs, spares=()):
+        self.rungs, self.spares = (
+            [rung(closed if fn is None else jax.make_jaxpr(fn)(W, X), *rest) for fn, *rest in some]
+            for some in (rungs, spares)
+        )
+
+    def rung(self, index):
+        return [*self.rungs, *self.spares][index]
 
     def choose(self, budget_bytes, measured):
         peaks = [measured.get(i, r.predicted_peak_bytes) for i, r in enumerate(self.rungs)]
@@ -58,8 +64,8 @@ def rung(closed, peak_bytes, flops=0.0, packed_bytes=None):
 
 @pytest.fixture
 def use(monkeypatch):
-    def set_ladder(*rungs):
-        monkeypatch.setattr(_program, "make_ladder", lambda closed, donated, settings, **_: Ladder(closed, rungs))
+    def set_ladder(*rungs, spares=()):
+        monkeypatch.setattr(_program, "make_ladder", lambda closed, *_, **__: Ladder(closed, rungs, spares))
 
     return set_ladder
 
@@ -147,12 +153,38 @@ def test_a_plan_that_fits_but_for_holes_is_compiled_first_where_it_repeats_less(
     assert sorted(program_of(step).measured) == tried
 
 
-def test_two_plans_just_over_the_budget_are_tried_at_most(use):
-    over = [(shuffled(i), int((1.012 - 0.002 * i) * SMALL_BYTES), 1.0 * i) for i in range(4)]
+def test_a_spare_that_fits_but_for_holes_is_compiled_first(use):
+    spares = ((shuffled(0), 2 * PLAIN_BYTES, 0.5, int(0.9 * PLAIN_BYTES)),)
+    use((None, 3 * PLAIN_BYTES), (SMALL_STEP, SMALL_BYTES, 1.0), spares=spares)
+    step = optimize(STEP, budget=PLAIN_BYTES)
+    step(W, X)
+    assert program_of(step).measured == {2: PLAIN_BYTES}
+    assert program_of(step).index == 2
+
+
+def test_where_nothing_is_predicted_to_fit_a_spare_may_repeat_more(use):
+    spares = ((SMALL_STEP, 2 * PLAIN_BYTES, 9.0, int(0.9 * SMALL_BYTES)),)
+    use((None, 3 * PLAIN_BYTES), (shuffled(0), int(1.1 * SMALL_BYTES), 1.0), spares=spares)
+    step = optimize(STEP, budget=SMALL_BYTES)
+    step(W, X)
+    assert program_of(step).measured == {2: SMALL_BYTES}
+
+
+def test_a_spare_that_misses_leaves_the_rungs(use):
+    spares = ((shuffled(0), 2 * PLAIN_BYTES, 0.5, SMALL_BYTES // 2),)
+    use((None, 3 * PLAIN_BYTES), (SMALL_STEP, SMALL_BYTES, 1.0), spares=spares)
+    step = optimize(STEP, budget=SMALL_BYTES)
+    step(W, X)
+    assert program_of(step).measured == {2: PLAIN_BYTES, 1: SMALL_BYTES}
+    assert program_of(step).index == 1
+
+
+def test_three_plans_just_over_the_budget_are_tried_at_most(use):
+    over = [(shuffled(i), int((1.012 - 0.002 * i) * SMALL_BYTES), 1.0 * i) for i in range(5)]
     use((None, 2 * PLAIN_BYTES), *over, (SMALL_STEP, SMALL_BYTES, 9.0))
     step = optimize(STEP, budget=SMALL_BYTES)
     step(W, X)
-    assert sorted(program_of(step).measured) == [1, 2, 5]
+    assert sorted(program_of(step).measured) == [1, 2, 3, 6]
 
 
 def test_a_plan_just_over_the_budget_that_misses_costs_no_attempt(use):
@@ -293,3 +325,4 @@ def test_a_miss_corrects_the_rungs_near_it():
     rungs = [SimpleNamespace(predicted_peak_bytes=peak) for peak in (1000, 800, 790, 500, 100)]
     program = SimpleNamespace(ladder=SimpleNamespace(rungs=rungs), measured={1: 850, 4: 110})
     assert _verify._expected(program) == {0: 1050, 1: 850, 2: 840, 3: 510, 4: 110}
+    assert _verify._expected(program, of=2) == {0: 1010, 1: 850, 2: 800, 3: 510, 4: 110}

@@ -180,6 +180,25 @@ def test_a_step_without_loops_says_so():
     assert any("no stacked gradient" in note for note in plan.notes)
 
 
+def test_a_mask_that_is_not_made_again_stays_one_for_all_layers():
+    """Made inside the forward loop and kept for the backward one, it would be one for each layer."""
+
+    def step(state, x):
+        def layer(h, w):
+            scores = jnp.where(jnp.tril(jnp.ones((64, 64), bool)), h @ w, 0.0)
+            return h + jnp.tanh(scores), None
+
+        grads = jax.grad(lambda w: jnp.sum(jax.lax.scan(layer, x, w)[0] ** 2))(state)
+        return state - 0.1 * grads
+
+    args = jnp.ones((3, 64, 64)), jnp.ones((64, 64))
+    found = memopt.optimize(step, target="tpu:v5e:1x1", donate_argnums=0, passes=[memopt.passes.FuseUpdate()])
+    jaxpr = found.trace(*args).jaxpr
+    stacks = [v.aval for eqn in c.open_jaxpr(jaxpr).eqns if eqn.primitive.name == "scan" for v in eqn.outvars]
+    assert stacks
+    assert not [aval for aval in stacks if aval.dtype == bool]
+
+
 @pytest.mark.tpu_aot
 @pytest.mark.loose_promotion
 def test_gradients_are_gone_from_the_compiled_temporaries():

@@ -212,7 +212,10 @@ def test_what_is_found_has_equal_gradients_and_what_is_left_a_reason(pattern):
     arguments = _arguments()
     before = _flat(_step(pattern.apply), arguments)
     result, after = _rewritten(before)
-    if pattern.left == "":
+    if "exact" in pattern.name and any(eqn.primitive.name == "custom_jvp_call" for eqn in _equations(before)):
+        # Newer releases of JAX take the slope from bits of the gate, in a call that is not looked into.
+        assert result.rows == () and "read by `custom_jvp_call`" in result.left[0].why
+    elif pattern.left == "":
         assert result is None
     elif pattern.left is not None:
         assert result is not None and result.rows == ()

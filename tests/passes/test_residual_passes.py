@@ -305,3 +305,33 @@ def test_scores_share_a_scale_by_rows():
     forms = {survey.graph.values[p.value].aval.shape: p.encode.__self__.name for p in Compress().propose(survey)}
     assert forms[4, ROWS // 4, ROWS // 4] == "int8-token"
     assert forms[ROWS, WIDTH] == "int8-down"
+
+
+def normed(h, w):
+    y = h @ w
+    y = (y - jnp.mean(y, axis=-1, keepdims=True)) * jax.lax.rsqrt(jnp.var(y, axis=-1, keepdims=True) + 1e-5)
+    return h + y * jnp.exp(y) / jnp.broadcast_to(jnp.sum(jnp.exp(y), axis=-1, keepdims=True), y.shape)
+
+
+def test_pooled_values_are_no_statistics():
+    def loss(x, ws):
+        def layer(h, w):
+            y = jnp.sin(jax.lax.conv_general_dilated(h, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+            small = jax.lax.reduce_window(y, -np.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+            return h + jnp.repeat(jnp.repeat(jnp.sin(small), 2, axis=1), 2, axis=2), None
+
+        return jnp.sum(jax.lax.scan(layer, x, ws)[0])
+
+    closed = jax.make_jaxpr(jax.grad(loss))(jnp.zeros((8, 16, 16, 16)), jnp.zeros((3, 3, 3, 16, 16)))
+    survey = forced.survey_of(closed)
+    assert (8, 8, 8, 16) in {survey.graph.values[p.value].aval.shape for p in Compress().propose(survey)}
+
+
+def test_statistics_of_rows_are_left_alone():
+    survey = forced.survey_of(trace(scanned(normed), arguments()))
+    proposals = list(Compress("int2").propose(survey))
+    names = {survey.graph.values[p.value].op.eqn.primitive.name for p in proposals if survey.graph.values[p.value].op}
+    shapes = {survey.graph.values[p.value].aval.shape for p in proposals}
+    assert shapes == {(ROWS, WIDTH)} and "broadcast_in_dim" not in names and names
+    new, _, _ = stored(trace(scanned(normed), arguments()), Compress("int2"))
+    assert np.isfinite(run(new, arguments())[1]).all()

@@ -1,0 +1,91 @@
+"""Rungs: complete plans of one step, and which of many are worth keeping.
+
+In: rungs in any order. Out: the hull, in which none is beaten in predicted peak and cost by another, and the spares,
+which some rung beats by predicted peak and none would if the compiler's heap had no holes. Nothing is built here, and
+nothing simulated but the step as written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from memopt import _timeline
+from memopt._network import Choice
+from memopt._step import Step
+
+
+@dataclasses.dataclass(eq=False)
+class Rung:
+    """One complete plan: the rewritten step and its predicted figures.
+
+    Attributes:
+      closed: the rewritten closed jaxpr, with the step's own inputs and outputs.
+      predicted_peak_bytes: predicted peak per device.
+      packed_peak_bytes: the same if the compiler's heap had no holes: the least that it can come to.
+      seconds: predicted time that the plan adds to the step as written.
+      recompute_flops: matmul and convolution FLOPs that it adds.
+      choice: what is run again where, and what is kept in another form.
+      step: what it is a plan of.
+      price: the price of memory, in seconds per byte, at which the cut chose it; None for the step as written.
+      usage: the largest predicted bytes of temporaries in each time segment; None for the step as written.
+    """
+
+    closed: Any
+    predicted_peak_bytes: int
+    packed_peak_bytes: int
+    seconds: float
+    recompute_flops: float
+    choice: Choice
+    step: Step
+    price: float | None = None
+    usage: np.ndarray | None = dataclasses.field(default=None, repr=False)
+
+    def jaxpr(self) -> Any:
+        """Return the rewritten closed jaxpr."""
+        return self.closed
+
+
+def plain_rung(step: Step, donated: Sequence[bool]) -> Rung:
+    """Return the step as written."""
+    timeline = _timeline.simulate(step.closed, donated=donated, target=step.target, local=step.local)
+    return Rung(step.closed, timeline.peak_bytes, timeline.packed_peak_bytes, 0.0, 0.0, Choice({}), step)
+
+
+def hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:
+    """Drop every plan that another one beats in peak and cost, or that saves nothing; largest peak first.
+
+    The cost is the repeated FLOPs, then the seconds; where a plan stores a value for seconds (a transfer, a codec), it
+    is the seconds of all of them: FLOPs alone would call a slow transfer free.
+    """
+    out: list[Rung] = []
+    for rung in _by_cost(rungs):
+        if rung.predicted_peak_bytes < (out[-1] if out else plain).predicted_peak_bytes:
+            out.append(rung)
+    for before, rung in zip(out, out[1:], strict=False):
+        rung.seconds = max(rung.seconds, before.seconds)  # fewer FLOPs for more bytes may take longer: say the longer
+    return out
+
+
+def spares(chosen: list[Rung], rungs: list[Rung]) -> list[Rung]:
+    """Return the plans beside the chosen ones that none beats in cost and in what it would take without holes."""
+    out, least = [], None
+    for rung in _by_cost(rungs):
+        if least is None or rung.packed_peak_bytes < least:
+            least = rung.packed_peak_bytes
+            if not any(rung is other for other in chosen):
+                out.append(rung)
+    return out
+
+
+def _by_cost(rungs: list[Rung]) -> list[Rung]:
+    timed = any(s.seconds for rung in rungs for s in rung.choice.stores.values())
+
+    def cost(rung: Rung) -> tuple[float, float, int]:
+        seconds, flops = rung.seconds, rung.recompute_flops
+        return (seconds, flops, rung.predicted_peak_bytes) if timed else (flops, seconds, rung.predicted_peak_bytes)
+
+    return sorted(rungs, key=cost)

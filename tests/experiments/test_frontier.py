@@ -1,0 +1,29 @@
+"""Tests of what the table of techniques promises: plans in, the cheapest within each budget and a verdict out."""
+
+import frontier
+
+
+def point(peak, seconds):
+    return {"peak_bytes": peak, "seconds": seconds, "recompute_flops": 0.0}
+
+
+REMAT, OFFLOAD = [point(100, 0.0), point(60, 2.0)], [point(100, 0.0), point(70, 1.0)]
+
+
+def test_budgets_end_at_the_smallest_peak():
+    assert frontier.budgets_of({"remat": REMAT, "mix": [point(40, 9.0)]}, 3) == [80, 60, 40]
+
+
+def test_the_mix_is_held_against_the_best_technique_that_fits():
+    def verdict(mix, budget):
+        return frontier.rows_at("s", budget, {"remat": REMAT, "offload": OFFLOAD, "mix": mix})[-1]["verdict"]
+
+    assert verdict([point(65, 1.0)], 75) == "no slower"
+    assert verdict([point(65, 1.5)], 75) == "SLOWER"
+    assert verdict([point(50, 9.0)], 55) == "alone fits"
+    assert verdict([point(80, 0.0)], 55) == "does not fit"
+
+
+def test_the_cheapest_plan_is_the_fastest_that_fits():
+    assert frontier.cheapest([*REMAT, point(50, 1.5)], 60)["peak_bytes"] == 50
+    assert frontier.cheapest(REMAT, 10) is None
