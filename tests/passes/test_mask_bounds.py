@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from memopt import _compat as c
+from memopt import _inline
 from memopt.passes import _mask_bounds
 from memopt.passes._mask_bounds import Unknown, row_extents
 from memopt.passes._match import Space
@@ -31,7 +32,7 @@ def test_extents_are_those_of_the_mask(name, rows, columns, allows, flip):
         keep = MASKS[name](jnp.arange(rows)[:, None], jnp.arange(columns)[None])
         return keep.T[None] if flip else keep[None, :, None]
 
-    jaxpr = c.open_jaxpr(jax.make_jaxpr(mask)())
+    jaxpr = c.open_jaxpr(_inline.inline(jax.make_jaxpr(mask)()))
     space = Space(jaxpr)
     found = row_extents(space.nodes, space.number(jaxpr.outvars[0]), mask().shape, allows=allows, flip=flip)
     keep = np.asarray(mask()).reshape((columns, rows) if flip else (rows, columns))
