@@ -206,6 +206,7 @@ def test_groups_of_a_picture_split_the_largest_module_first():
     assert _explain_plot.group_of("elsewhere", ["net"]) == _explain_plot.OTHER
 
 
+@pytest.mark.loose_promotion
 def test_a_step_with_checkpoints_is_explained_with_their_barriers():
     """Without them its recomputations would be merged with what they repeat: 18 % more were then predicted here."""
     step, shapes, _ = reference_step("vit_b", layers="unrolled", remat="dots", small=True)
