@@ -7,6 +7,7 @@ masks to a power of two, and makes their statistics in registers; sums over rows
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,12 +87,19 @@ def _warps(width: int) -> int:
 # Kernels. A tile is `[block, padded width]`; entries outside the array are loaded as zeros and never stored.
 
 
+def _whole(width: int, index) -> Any:
+    """Return the slice of a padded row. Its start is 0 whatever the index, which newer JAX must not know: it refuses a
+    slice that leaves an array, also where a mask hides what lies outside.
+    """
+    return pl.ds(index * 0, _padded(width))
+
+
 class _Tile:
     """Where a block of rows lies, and which of its entries are inside the array."""
 
     def __init__(self, shape: tuple[int, int], block: int, index):
         padded = _padded(shape[1])
-        self.at = pl.ds(index * block, block), pl.ds(0, padded)
+        self.at = pl.ds(index * block, block), _whole(shape[1], index)
         row, column = (lax.broadcasted_iota(jnp.int32, (block, padded), axis) for axis in (0, 1))
         self.columns, self.width = column < shape[1], shape[1]
         self.mask = jnp.logical_and(self.columns, index * block + row < shape[0])
@@ -112,20 +120,21 @@ class _Tile:
         return y * inverse, inverse
 
 
-def _row(ref, width: int) -> jax.Array:
-    at = pl.ds(0, _padded(width))
+def _row(ref, width: int, index) -> jax.Array:
+    at = _whole(width, index)
     inside = lax.broadcasted_iota(jnp.int32, (_padded(width),), 0) < width
     return plgpu.load(ref.at[at], mask=inside, other=0.0).astype(jnp.float32)[None]
 
 
 def _forward_kernel(spec: Spec, block: int, scaled: bool, x_ref, *refs):
     *more, out_ref = refs
-    tile = _Tile(x_ref.shape, block, pl.program_id(0))
+    program = pl.program_id(0)
+    tile = _Tile(x_ref.shape, block, program)
     y, _ = tile.unit_rows(spec, x_ref)
     if scaled:
-        y = y * _row(more[0], tile.width)
+        y = y * _row(more[0], tile.width, program)
     if len(more) > scaled:
-        y = y + _row(more[-1], tile.width)
+        y = y + _row(more[-1], tile.width, program)
     tile.store(out_ref, y)
 
 
@@ -137,7 +146,7 @@ def _backward_kernel(spec: Spec, block: int, count: int, scaled: bool, x_ref, co
         tile = _Tile(x_ref.shape, block, program * count + i)
         y, inverse = tile.unit_rows(spec, x_ref)
         g = tile.load(cotangent_ref)
-        h = g if scale_ref is None else g * _row(scale_ref, width)
+        h = g if scale_ref is None else g * _row(scale_ref, width, program)
         rest = h - y * tile.mean(h * y)
         tile.store(dx_ref, inverse * (rest - tile.mean(h) if spec.centered else rest))
         terms = ([g * y] if scaled else []) + ([g] if len(sums) > scaled else [])
@@ -147,4 +156,4 @@ def _backward_kernel(spec: Spec, block: int, count: int, scaled: bool, x_ref, co
     totals = lax.fori_loop(0, count, step, start)
     inside = lax.broadcasted_iota(jnp.int32, (_padded(width),), 0) < width
     for ref, total in zip(sums, totals, strict=True):
-        plgpu.store(ref.at[program, pl.ds(0, _padded(width))], total, mask=inside)
+        plgpu.store(ref.at[program, _whole(width, program)], total, mask=inside)

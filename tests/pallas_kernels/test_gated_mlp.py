@@ -221,6 +221,7 @@ def test_the_activation_compiles_for_tpus(activation):
         assert memopt.measure(step, *arguments, target=target).temp_bytes <= 2**20
 
 
+@pytest.mark.xfail(jax.__version_info__ >= (0, 11), reason="newer JAX lowers Triton beside a GPU alone", strict=True)
 @pytest.mark.parametrize("activation", [name for name in NAMES if name != "gelu_exact"])
 def test_the_activation_lowers_for_cuda(activation):
     step, arguments = gated_step(activation, (1000, 5632))

@@ -184,6 +184,7 @@ def test_the_kernels_compile_for_tpus_with_no_copy(target, norm, shape, paramete
     assert memory.temp_bytes <= 2**20
 
 
+@pytest.mark.xfail(jax.__version_info__ >= (0, 11), reason="newer JAX lowers Triton beside a GPU alone", strict=True)
 @pytest.mark.parametrize(("name", "norm", "shape", "parameters"), AOT, ids=[row[0] for row in AOT])
 def test_the_kernels_lower_for_cuda(name, norm, shape, parameters):
     step, arguments = step_and_arguments(norm, shape, parameters)
