@@ -16,9 +16,10 @@ from memopt import _timeline_graph as tg
 #: Element-wise and data-movement operations: XLA computes them inside the kernel of whoever reads them.
 CHEAP = frozenset(
     "abs add add_any and broadcast_in_dim ceil clamp complex conj convert_element_type copy copy_p div eq expand_dims "
-    "floor ge gt imag integer_pow iota is_finite le lt max min mul ne neg not or pad real reduce_precision reshape rev "
-    "round select_n shift_left shift_right_arithmetic shift_right_logical sign slice split square sub transpose xor "
-    "dynamic_slice concatenate rem nextafter population_count clz full empty tile bitcast_convert_type".split()
+    "floor ge gt imag integer_pow iota is_finite le lt max min mul ne neg not one_minus_square or pad real reshape rev "
+    "reduce_precision round select_n shift_left shift_right_arithmetic shift_right_logical sign slice split square sub "
+    "transpose xor dynamic_slice concatenate rem nextafter population_count clz full empty tile "
+    "bitcast_convert_type".split()
 )
 #: The same for functions that take many instructions.
 EXPENSIVE = frozenset(

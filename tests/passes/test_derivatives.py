@@ -17,6 +17,8 @@ from tests import forced
 ROWS, WIDTH, DEPTH = 256, 128, 4
 RAMPS = {"gelu": jax.nn.gelu, "silu": jax.nn.silu, "hard_swish": jax.nn.hard_swish, "relu6": jax.nn.relu6}
 OTHERS = {"tanh": jnp.tanh, "mish": jax.nn.mish}
+NEWER = jax.__version_info__ >= (0, 11)
+SHORT = {"tanh": pytest.mark.xfail(NEWER, reason="there it is one multiplication already, and no run", strict=True)}
 
 
 def arguments(dtype=np.float32):
@@ -69,7 +71,7 @@ def stored(closed, codec):
 
 
 @pytest.mark.parametrize("loop", [scanned, unrolled])
-@pytest.mark.parametrize("name", [*RAMPS, *OTHERS])
+@pytest.mark.parametrize("name", [*RAMPS, *(pytest.param(name, marks=SHORT.get(name, [])) for name in OTHERS)])
 def test_a_run_becomes_one_multiplication_and_results_stay(name, loop):
     plain, new = rewritten(loop((RAMPS | OTHERS)[name]), arguments())
     expected = "derivative.mask" if name in RAMPS else "derivative"
@@ -159,7 +161,7 @@ def test_masks_of_relu6_are_exact(codec, loop):
 
 
 def test_masks_are_for_ramps_alone():
-    _, new = rewritten(scanned(jnp.tanh), arguments())
+    _, new = rewritten(scanned(jax.nn.mish), arguments())
     assert not stored(new, "derivative-mask")[1] and stored(new, "derivative4")[1]
 
 
