@@ -28,7 +28,7 @@ def apart(closed: Any) -> Any:
     for eqn in base.eqns:
         if _is_batched(eqn):
             operands = [v for v in eqn.invars if not isinstance(v, c.Literal)]
-            if not _is_transposed(eqn):
+            if not c.is_transposed(c.transforms(eqn)):
                 forward.update(operands)
             else:
                 for var in operands:
@@ -41,10 +41,6 @@ def apart(closed: Any) -> Any:
     return c.close(c.rebuild(base, eqns=eqns), c.jaxpr_consts(closed)) if renamed else closed
 
 
-def _is_transposed(eqn: Any) -> bool:
-    return next((name for name in c.transforms(eqn) if name in ("jvp", "transpose")), None) == "transpose"
-
-
 def _is_batched(eqn: Any) -> bool:
     return eqn.primitive.name == "dot_general" and bool(eqn.params["dimension_numbers"][1][0])
 
@@ -52,14 +48,20 @@ def _is_batched(eqn: Any) -> bool:
 def _views(var: Any, makers: dict[Any, Any]) -> list[Any] | None:
     """Return the views, first to last, that make a value of the result of an unbatched matmul; None for others."""
     found: list[Any] = []
-    while var in makers and makers[var].primitive.name in _VIEWS and len(found) < _LONGEST:
-        found.append(makers[var])
-        var = found[-1].invars[0]
-    made = makers.get(var)
-    if made is not None and made.primitive.name == "add":  # a bias
-        made = makers.get(made.invars[0])
-    is_projection = made is not None and made.primitive.name == "dot_general" and not _is_batched(made)
-    return found[::-1] if found and is_projection else None
+    while (made := _maker(var, makers)) is not None and made.primitive.name in _VIEWS and len(found) < _LONGEST:
+        found.append(made)
+        var = made.invars[0]
+    if made is not None and made.primitive.name == "add":  # a bias, on either side
+        made = next((m for m in (_maker(v, makers) for v in made.invars) if m is not None and _is_projection(m)), None)
+    return found[::-1] if found and made is not None and _is_projection(made) else None
+
+
+def _maker(var: Any, makers: dict[Any, Any]) -> Any:
+    return None if isinstance(var, c.Literal) else makers.get(var)
+
+
+def _is_projection(eqn: Any) -> bool:
+    return eqn.primitive.name == "dot_general" and not _is_batched(eqn)
 
 
 def _again(views: list[Any], renamed: dict[Any, Any], like: Any) -> list[Any]:

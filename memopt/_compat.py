@@ -173,6 +173,11 @@ def transforms(eqn: JaxprEqn) -> list[str]:
     return [part.name for part in name_stack(eqn).stack if isinstance(part, _siu.Transform)]
 
 
+def is_transposed(names: Sequence[str]) -> bool:
+    """Say whether transforms, outermost first, are those of a backward pass: `transpose` stands before `jvp`."""
+    return next((name for name in names if name in ("jvp", "transpose")), None) == "transpose"
+
+
 def user_source(eqn: JaxprEqn) -> str:
     """Return `file:line (function)` of the user's code that made an equation, or an empty string."""
     return _siu.summarize(eqn.source_info)

@@ -72,8 +72,7 @@ class Marks:
         return store.error <= 0.0 or self.is_backward(reader)
 
     def _is_transposed(self, region: int, eqn: Any) -> bool:
-        names = [*self._around(region), *c.transforms(eqn)]
-        return next((name for name in names if name in ("jvp", "transpose")), None) == "transpose"
+        return c.is_transposed([*self._around(region), *c.transforms(eqn)])
 
     def _around(self, region: int) -> list[str]:
         loop = self.graph.regions[region].op

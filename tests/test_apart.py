@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.extend.core import jaxpr_as_fun
 
 from memopt import _apart, _inline
@@ -34,6 +35,21 @@ def test_backward_matmuls_read_one_projection_behind_one_barrier():
     assert barrier.outvars[0].aval.shape == (2, 8, 24)
     made = [eqn for eqn in c.open_jaxpr(found).eqns if eqn.primitive.name == "add" and barrier.invars[0] in eqn.outvars]
     assert made
+    for ours, plain in zip(jaxpr_as_fun(found)(*ARGS), jaxpr_as_fun(closed)(*ARGS), strict=True):
+        np.testing.assert_array_equal(ours, plain)
+
+
+@pytest.mark.parametrize(
+    "bias", [lambda y: 1.0 + y, lambda y: y + jnp.ones((2, 8, 24)), lambda y: jnp.ones((2, 8, 24)) + y]
+)
+def test_a_bias_may_stand_on_either_side(bias):
+    def step(weights, x):
+        q = bias(x @ weights).reshape(2, 8, 2, 12)
+        return jnp.sum(jnp.tanh(jnp.einsum("bqhd,bkhd->bhqk", q, q)))
+
+    closed = flat(jax.grad(step))
+    found = _apart.apart(closed)
+    assert len(barriers(found)) == 1
     for ours, plain in zip(jaxpr_as_fun(found)(*ARGS), jaxpr_as_fun(closed)(*ARGS), strict=True):
         np.testing.assert_array_equal(ours, plain)
 
