@@ -10,7 +10,9 @@ definition.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 from memopt import _compat as c
@@ -145,46 +147,36 @@ class _Work(Walk):
             return jaxpr
         space = Space(jaxpr, pair)
         edit = Edit(space)
-        for node, found in _match_attention.find(space) if softmax and settings.attention else ():
-            if pair is not None and node.side == OUTER:
-                continue
-            if isinstance(found, str):
-                self.leave(node, found, quiet)
-            else:
-                call = _attention_call.make(space, found, self.platform, self.parts)
+        if softmax and settings.attention:
+            make = functools.partial(_attention_call.make, space, platform=self.platform, parts=self.parts)
+            for call in self._calls(space, _match_attention.find(space), make, quiet, "attention"):
                 edit.replace(call, call.found.out)
                 self.rows.append(_row(space, call, len(self.rows)))
         if pair is None and settings.losses:
             self._losses(space, edit, quiet)
         if gated:
-            self._gated_mlps(space, edit, quiet)
+            make = functools.partial(_mlp_call.make, space, platform=self.platform)
+            for call in self._calls(space, _match_mlp.find(space, self.least_bytes), make, quiet, "gated MLP"):
+                edit.replace(call, call.found.out)
+                if call.found.second is not None:
+                    edit.join(*call.found.second)
+                self.rows.append(_mlp_row(space, call, len(self.rows)))
         if norms:
-            self._norms(space, edit, quiet)
+            make = functools.partial(_norm_call.make, space, platform=self.platform)
+            for call in self._calls(space, _match_norm.find(space), make, quiet, "norm"):
+                edit.replace(call, call.found.out)
+                self.rows.append(_norm_row(space, call, len(self.rows)))
         return edit.done()
 
-    def _norms(self, space: Space, edit: Edit, quiet: bool) -> None:
-        for node, found in _match_norm.find(space):
+    def _calls(self, space: Space, matches: Any, make: Callable[..., Any], quiet: bool, what: str) -> Iterator[Any]:
+        """Yield a call for each match that lies in this level or in the pair's bodies; note the near misses."""
+        for node, found in matches:
             if space.pair is not None and node.side == OUTER:
                 continue
             if isinstance(found, str):
-                self.leave(node, found, quiet, "norm")
-                continue
-            call = _norm_call.make(space, found, self.platform)
-            edit.replace(call, found.out)
-            self.rows.append(_norm_row(space, call, len(self.rows)))
-
-    def _gated_mlps(self, space: Space, edit: Edit, quiet: bool) -> None:
-        for node, found in _match_mlp.find(space, self.least_bytes):
-            if space.pair is not None and node.side == OUTER:
-                continue
-            if isinstance(found, str):
-                self.leave(node, found, quiet, "gated MLP")
-                continue
-            call = _mlp_call.make(space, found, self.platform)
-            edit.replace(call, found.out)
-            if found.second is not None:
-                edit.join(*found.second)
-            self.rows.append(_mlp_row(space, call, len(self.rows)))
+                self.leave(node, found, quiet, what)
+            else:
+                yield make(found)
 
     def _losses(self, space: Space, edit: Edit, quiet: bool) -> None:
         for node, found in _match_loss.find(space):
