@@ -7,6 +7,7 @@ layouts and dtypes of the plain operations. Nothing but operands is kept between
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 import jax
@@ -53,7 +54,7 @@ class Call:
         have, order = self.found.axes.all(value), self.found.orders[name]
         place = {id(a): i for i, a in enumerate(have)}
         x = x.reshape([a.size for a in have]).transpose([place[id(a)] for axis in order for a in axis])
-        return x.reshape([_size(axis) for axis in order])
+        return x.reshape([math.prod(a.size for a in axis) for axis in order])
 
     def _plain(self, name: str, node: Node, x: jax.Array) -> jax.Array:
         """Lay out a result of the kernels as the plain step has it."""
@@ -61,13 +62,6 @@ class Call:
         place = {id(a): i for i, a in enumerate(order)}
         x = x.reshape([a.size for a in order]).transpose([place[id(a)] for a in self.found.axes.all(node.outs[0])])
         return x.reshape(aval.shape).astype(aval.dtype)
-
-
-def _size(atoms) -> int:
-    size = 1
-    for atom in atoms:
-        size *= atom.size
-    return size
 
 
 def make(space: Space, found: Mlp, platform: str) -> Call:
