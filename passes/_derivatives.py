@@ -114,8 +114,7 @@ class _Level:
 
     def is_backward(self, eqn: Any) -> bool:
         """Say whether JAX transposed an equation."""
-        names = [*self.around, *c.transforms(eqn)]
-        return next((name for name in names if name in ("jvp", "transpose")), None) == "transpose"
+        return c.is_transposed([*self.around, *c.transforms(eqn)])
 
     def rewritten(self) -> Any:
         """Return the body with its runs and those of its pairs of loops multiplied out; the very same without any."""
