@@ -39,6 +39,8 @@ class Settled:
 
 
 _FUSED = _fusion.ELEMENTWISE | _fusion.REDUCTIONS
+#: Each kernel that reads their result puts it together by itself.
+_JOINING = frozenset({"concatenate", "pad"})
 _TABLES: weakref.WeakKeyDictionary[g.Graph, tuple[list[Settled], dict[Any, int]]] = weakref.WeakKeyDictionary()
 
 
@@ -49,9 +51,33 @@ def tables(graph: g.Graph) -> tuple[list[Settled], dict[Any, int]]:
     """
     if graph not in _TABLES:
         bins = {var: op.bin for op in graph.ops for var in op.eqn.outvars}
-        onward = _onward(graph)
-        _TABLES[graph] = [_table(graph, region, onward) for region in graph.regions], bins
+        ties = _ties(graph)
+        _TABLES[graph] = [_table(graph, region, ties) for region in graph.regions], bins
     return _TABLES[graph]
+
+
+def _ties(graph: g.Graph) -> set[int]:
+    """Return the values that a barrier may be tied to: XLA materialises them, and matmuls wait for them.
+
+    A matmul whose result element-wise operations alone read goes on in the same kernel; to hold its result for a
+    barrier beside theirs would cost its bytes (XLA:TPU does so up to the end, though nothing reads it then). The value
+    that such a kernel ends with, the first one that another kernel reads, is tied to in its place, if it is computed and
+    not put together of parts.
+    """
+    onward = _onward(graph)
+    whole = {v for op in graph.ops if op.eqn.primitive.name not in _FUSED for v in op.inputs}
+    found: set[int] = set()
+    going: set[int | None] = set()
+    for op in graph.ops:
+        name, goes_on = op.eqn.primitive.name, not going.isdisjoint(op.inputs)
+        if name in _fusion.ELEMENTWISE and not goes_on:
+            continue
+        if name in _fusion.MATMULS or name in _fusion.ELEMENTWISE:
+            going.update(v for v in op.outputs if v not in whole)
+            found.update(v for v in op.outputs if v in whole and name not in _JOINING)
+        else:
+            found.update(op.outputs)
+    return found & onward
 
 
 def _onward(graph: g.Graph) -> set[int]:
@@ -63,12 +89,12 @@ def _onward(graph: g.Graph) -> set[int]:
     return found
 
 
-def _table(graph: g.Graph, region: g.Region, onward: set[int]) -> Settled:
+def _table(graph: g.Graph, region: g.Region, ties: set[int]) -> Settled:
     eqns = [_settled(graph, region, op) for op in region.ops]
     makers = [frozenset(graph.values[v].op.id for v in op.inputs if _is_made(graph, v)) for op in region.ops]
     latest, runs = [None], []
     for position, op in enumerate(region.ops):
-        latest.append(_tied_to(op, onward) or latest[-1])
+        latest.append(_tied_to(op, ties) or latest[-1])
         if not runs or runs[-1][0] != op.bin:
             runs.append((op.bin, position, position))
         runs[-1] = (op.bin, runs[-1][1], position + 1)
@@ -87,8 +113,6 @@ def _settled(graph: g.Graph, region: g.Region, op: g.Op) -> Any | None:
     return op.eqn if same else c.replace_eqn(op.eqn, invars=invars)
 
 
-def _tied_to(op: g.Op, onward: set[int]) -> Any | None:
-    if op.eqn.primitive.name in _fusion.ELEMENTWISE:
-        return None
+def _tied_to(op: g.Op, ties: set[int]) -> Any | None:
     made = zip(op.outputs, op.eqn.outvars, strict=True)
-    return next((v for o, v in made if o in onward and c.guardable(v)), None)
+    return next((v for o, v in made if o in ties and c.guardable(v)), None)

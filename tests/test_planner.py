@@ -317,7 +317,6 @@ def test_plans_go_to_json_and_back():
     assert memopt.Plan is Plan
 
 
-@pytest.mark.xfail(jax.__version_info__ >= (0, 11), reason="with JAX 0.12 its least peak is 14 % higher", strict=True)
 def test_a_step_inside_a_shard_map_has_the_ladder_of_the_step():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
