@@ -71,6 +71,26 @@ def test_a_barrier_is_tied_to_the_latest_value():
     assert barriers and near >= len(barriers) // 2
 
 
+def test_a_barrier_is_tied_to_no_matmul_that_goes_on_in_element_wise_operations():
+    def mlp(w, x):  # its backward pass multiplies the gradient of `tanh` by a slope before a matmul reads it
+        for a, b in w:
+            x = x + jnp.concatenate([jnp.tanh(x @ a) @ b, x @ b.T @ a.T], 1)[:, :4]
+        return jnp.sum(x)
+
+    new, _ = applied(jax.make_jaxpr(jax.grad(mlp))([(X, X)] * 3, X))
+    eqns = c.open_jaxpr(new).eqns
+    makers = {v: e for e in eqns for v in e.outvars}
+    readers: dict = {}
+    for eqn in eqns:
+        for var in (v for v in eqn.invars if not isinstance(v, c.Literal)):
+            readers.setdefault(var, set()).add(eqn.primitive.name)
+    tied = [e.invars[-1] for e in eqns if e.primitive.name == "optimization_barrier" and e.invars[-1] in makers]
+    assert any(makers[v].primitive.name != "dot_general" for v in tied)
+    for var in tied:
+        assert makers[var].primitive.name != "dot_general" or "dot_general" in readers[var]
+        assert makers[var].primitive.name not in ("concatenate", "pad")
+
+
 def test_a_pair_of_loops_hands_on_no_residual_that_is_repeated():
     new, kept = applied(jax.make_jaxpr(jax.grad(scanned))(WS, X))
     first, second = loops(new)
