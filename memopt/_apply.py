@@ -344,16 +344,17 @@ class _Builder:
     def _outside(self, body: _Body, batch: list[g.Op], segment: int, reader: g.Op | None) -> dict[int, Any]:
         """Return the values to guard with their variables.
 
-        Left out are repeats and what was read back (behind barriers of their own) and the index of a `cond`, which
-        loses its derivative rule behind a barrier.
+        Left out are repeats and what was read back (behind barriers of their own), but for the second repeat of an
+        operation, and the index of a `cond`, which loses its derivative rule behind a barrier.
         """
         made = {o for one in batch for o in one.outputs}
+        again = not made.isdisjoint(body.clones)  # one repeat of many: two of the same operands would be merged
         made |= {one.inputs[0] for one in batch if one.eqn.primitive.name == "cond"}
         found: dict[int, Any] = {}
         for o in dict.fromkeys(o for one in batch for o in one.inputs if o is not None and o not in made):
             var = self._read(body, o, segment, reader, repeat=True)
             behind = [table[o][1] for table in (body.clones, body.decoded) if o in table]
-            if all(var is not v for v in behind) and c.guardable(var):
+            if (again or all(var is not v for v in behind)) and c.guardable(var):
                 found[o] = var
         return found
 

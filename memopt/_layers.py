@@ -3,12 +3,13 @@
 In: a search (graph, survey, operations that may be run again, scorer). Out: more plans, scored by the search itself.
 The blocks of the forward pass are found where its operations repeat (`_blocks`). A few *levels* say what a block keeps:
 what enters it, what narrows it inside, the matmuls of a part of it that save much for their bytes (attention scores do
-not), those of all parts, all matmuls, everything. Each level is built and
-simulated once for all blocks alike; from those timelines follow the bytes that a block at a level holds until its
-backward pass, and those at work there. Then, for one bound on the bytes after another, the levels of all blocks that
-cost the fewest FLOPs are chosen by dynamic programming over the blocks, and that plan goes to the scorer. The last
-blocks, whose backward pass comes first, may so be kept whole, where one price of memory for all would repeat them. It
-measures nothing of XLA.
+not), those of all parts, all matmuls, everything. Where a block keeps what enters it alone, attention may also be run
+again twice: for what follows it in the block, and for its own backward pass, so that the scores do not wait for that
+through the rest of the block. Each level is built and simulated once for all blocks alike; from those timelines
+follow the bytes that a block at a level holds until its backward pass, and those at work there. Then, for one bound
+on the bytes after another, the levels of all blocks that cost the fewest FLOPs are chosen by dynamic programming over
+the blocks, and that plan goes to the scorer. The last blocks, whose backward pass comes first, may so be kept whole,
+where one price of memory for all would repeat them. It measures nothing of XLA.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ LONG = 2000  # operations of a step from which fewer plans are tried
 _STATES = 300  # partial plans kept at each block
 _LEAST_BLOCKS = 3
 
-Level = frozenset[int]  # the operations of all blocks whose results are kept
+
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """What blocks do: operations of all blocks whose results are kept, and those whose repeats are never shared."""
+
+    kept: frozenset[int]
+    alone: frozenset[int] = frozenset()
 
 
 def plan(search: Any) -> bool:
@@ -55,10 +62,12 @@ def plan(search: Any) -> bool:
 
 def _last_alone(table: _Table, most: int) -> Iterator[tuple[int, ...]]:
     """Yield the most frugal plans, but for the last block: its backward pass is first, where XLA's heap has holes."""
-    levels, blocks = table.flops.shape
-    for frugal in range(min(most, levels)):
-        for last in range(frugal + 1, levels):
-            yield (frugal,) * (blocks - 1) + (last,)
+    blocks = table.flops.shape[1]
+    by_bytes = sorted(range(len(table.each)), key=lambda k: table.each[k])
+    for at, frugal in enumerate(by_bytes[:most]):
+        for last in by_bytes[at + 1 :]:
+            if table.flops[last, -1] < table.flops[frugal, -1]:
+                yield (frugal,) * (blocks - 1) + (last,)
 
 
 def _layers(search: Any) -> Layers | None:
@@ -109,16 +118,36 @@ class Layers:
 
     @functools.cached_property
     def levels(self) -> list[Level]:
-        """What blocks may keep, from little to everything."""
+        """What blocks may keep, from little to everything; last, little again, with attention run again twice."""
         ends = self._crossing([block[-1] for block in self.blocks])
         necks = ends | self._crossing([cut for block in self.blocks for cut in block[1:-1]])
         parts = [self._matmuls(k, self._dense) for k in range(len(self.blocks[0]) - 1)]
         every = necks.union(*(self._matmuls(k, 0.0) for k in range(len(parts))))
         whole = frozenset(op.id for op in self.top.ops[self.first : self.end])
         found = [ends, necks, *(necks | part for part in parts), necks.union(*parts), every, whole]
-        return list(dict.fromkeys(found))
+        return [*map(Level, dict.fromkeys(found)), *([Level(ends, self._light)] if self._light else [])]
 
-    def _crossing(self, cuts: Sequence[int]) -> Level:
+    @functools.cached_property
+    def _light(self) -> frozenset[int]:
+        """The matmuls that save little for their bytes, and what lies between them and those that save much."""
+        if len(self.blocks[0]) == 2:  # no block has a rest
+            return frozenset()
+        ops = self.top.ops[self.first : self.end]
+        dense = {op.id for op in ops if _is_matmul(op) and _flops_a_byte(op) >= self._dense}
+        found = {op.id for op in ops if _is_matmul(op)} - dense
+        for op in ops:
+            if op.id not in dense and any(m.id in found for m in self._makers(op)):
+                found.add(op.id)
+        for op in reversed(ops):
+            if op.id in found:
+                found.update(m.id for m in self._makers(op) if m.id not in dense and self.first <= m.index)
+        return frozenset(found & set(self.search.repeatable))
+
+    def _makers(self, op: g.Op) -> Iterator[g.Op]:
+        made = (self.graph.values[v].op for v in op.inputs if v is not None)
+        return (m for m in made if m is not None and m.region == self.top.id)
+
+    def _crossing(self, cuts: Sequence[int]) -> frozenset[int]:
         """Return the operations that make what crosses these positions and is read soon after."""
         held = _blocks.crossing(self.graph, self.top, self.first, self.end, self.period)
         wanted = set(cuts)
@@ -134,7 +163,7 @@ class Layers:
         ops = [op for op in self.top.ops[self.first : self.end] if _is_matmul(op)]
         return _DENSE * float(np.median([_flops_a_byte(op) for op in ops])) if ops else 0.0
 
-    def _matmuls(self, part: int, least: float) -> Level:
+    def _matmuls(self, part: int, least: float) -> frozenset[int]:
         ranges = [self.top.ops[block[part] : block[part + 1]] for block in self.blocks]
         return frozenset(op.id for ops in ranges for op in ops if _is_matmul(op) and _flops_a_byte(op) >= least)
 
@@ -149,12 +178,18 @@ class Layers:
                 if one.id not in found and self._is_repeated(one, kept):
                     found.add(one.id)
                     stack += [m for v in one.inputs if v is not None and (m := self.graph.values[v].op) is not None]
+        alone = {op for op in frozenset().union(*(level.alone for level in kept)) if op in self._of(op, kept).alone}
+        if repeats and alone:
+            repeats[_segments.ALONE] = alone
         return Choice({place: frozenset(ops) for place, ops in repeats.items() if ops})
 
     def _is_repeated(self, op: g.Op, kept: Sequence[Level]) -> bool:
         if op.region != self.top.id or self.block_of[op.index] < 0 or op.id not in self.search.repeatable:
             return False
-        return op.id in self.search.always or op.id not in kept[self.block_of[op.index]]
+        return op.id in self.search.always or op.id not in self._of(op.id, kept).kept
+
+    def _of(self, op: int, kept: Sequence[Level]) -> Level:
+        return kept[self.block_of[self.graph.ops[op].index]]
 
     def flops(self, choice: Choice) -> np.ndarray:
         """Return the matmul FLOPs that a plan repeats of each block."""
@@ -197,7 +232,7 @@ class _Table:
 
     def _owners(self, layers: Layers) -> dict[int, int]:
         """Return the last block that is read in each segment of the backward pass; what it ends with is the next's."""
-        ends, found = self.kept[0], {}
+        ends, found = self.kept[0].kept, {}
         for op, place in layers.needs:
             if op.id not in ends:
                 found[place] = max(found.get(place, -1), int(layers.block_of[op.index]))

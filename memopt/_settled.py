@@ -61,8 +61,8 @@ def _ties(graph: g.Graph) -> set[int]:
 
     A matmul whose result element-wise operations alone read goes on in the same kernel; to hold its result for a
     barrier beside theirs would cost its bytes (XLA:TPU does so up to the end, though nothing reads it then). The value
-    that such a kernel ends with, the first one that another kernel reads, is tied to in its place, if it is computed and
-    not put together of parts.
+    that such a kernel ends with, the first one that another kernel reads, is tied to in its place, if it is computed
+    and not put together of parts.
     """
     onward = _onward(graph)
     whole = {v for op in graph.ops if op.eqn.primitive.name not in _FUSED for v in op.inputs}

@@ -13,6 +13,7 @@ from memopt import _compat as c
 from memopt._network import Choice
 from memopt._step import Step
 from memopt._target import Target
+from memopt.models import steps
 from memopt.passes import Remat
 
 TARGET = Target.parse("tpu:v5e:1x1")
@@ -175,3 +176,38 @@ def test_steps_without_equal_blocks_are_left_to_the_cut():
 def test_where_blocks_hold_nothing_the_next_cut_is_where_nothing_crosses():
     assert _blocks._necks(np.array([4.0, 0.0, 3.0]), 2, 0, 1, 0.0) == [1]
     assert _blocks._necks(np.array([4.0, 1.0, 3.0]), 2, 0, 1, 0.0) == []
+
+
+def test_attention_may_be_run_again_twice_and_its_scores_do_not_wait_for_their_backward_pass():
+    with jax.numpy_dtype_promotion("standard"):
+        train, args, _ = steps.reference_step("vit_b", layers="unrolled", small=True)
+        closed = jax.make_jaxpr(train)(*args)
+    surveyed = Step(closed, TARGET, [Remat()], None, None)
+    found = _search.Search(surveyed, [], _rungs.plain_rung(surveyed, []))
+    layers = _layers._layers(found)
+    once, twice = layers.levels[0], layers.levels[-1]
+    assert not once.alone and twice.kept == once.kept and twice.alone
+    table = _layers._Table(found, layers)
+    assert (table.work[-1] < table.work[0]).all()
+    made = [_scores(found.score(layers.choice([level] * len(layers.blocks))).jaxpr()) for level in (once, twice)]
+    assert len(made[1]) == len(made[0]) + len(layers.blocks)
+    assert len(set(made[1])) == len(made[1])  # XLA would merge two that come from the same values
+
+
+def _scores(closed):
+    """For each attention of the forward pass, run once or again, the values that its views are of."""
+    eqns = c.open_jaxpr(closed).eqns
+    makers = {v: e for e in eqns for v in e.outvars}
+
+    def source(var):
+        while var in makers and makers[var].primitive.name in {"reshape", "transpose", "split", "name", "add"}:
+            var = makers[var].invars[0]
+        return var
+
+    return [tuple(map(source, e.invars)) for e in eqns if _makes_scores(e)]
+
+
+def _makes_scores(eqn):
+    shape = eqn.outvars[0].aval.shape
+    forward = "transpose" not in str(eqn.source_info.name_stack)
+    return eqn.primitive.name == "dot_general" and len(shape) == 4 and shape[-1] == shape[-2] and forward
