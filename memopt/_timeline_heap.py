@@ -116,61 +116,43 @@ def _divided(buffers: Sequence[Buffer], share: float) -> tuple[list[Buffer], int
 
 
 def _place(buffers: list[tuple[int, int, int]]) -> int:
-    """Place `(start, -bytes, end)` in their order, each in the smallest hole below another live one that holds it."""
-    heap = _Heap()
+    """Place `(start, -bytes, end)` in their order, each in the smallest hole below another live one that holds it.
+
+    Of equal holes the lowest is taken. One function without calls: it runs for each layout of each plan.
+    """
+    holes: list[tuple[int, int]] = []  # (size, low), sorted
+    highs: dict[int, int] = {}  # of each hole: low -> high
+    lows: dict[int, int] = {}  # and high -> low
+    edge = most = 0  # above the edge nothing is live
     ends: list[tuple[int, int, int]] = []
-    for start, size, end in sorted(buffers):
+    for start, negative, end in sorted(buffers):
         while ends and ends[0][0] < start:
             _, low, high = heapq.heappop(ends)
-            heap.free(low, high)
-        at = heap.take(-size)
-        heapq.heappush(ends, (end, at, at - size))
-    return heap.most
-
-
-class _Heap:
-    """The holes between live buffers, found by size (the lowest of equal ones first) and by address."""
-
-    def __init__(self) -> None:
-        self.holes: list[tuple[int, int]] = []  # (size, low), sorted
-        self.from_low: dict[int, int] = {}  # of each hole: low -> high
-        self.from_high: dict[int, int] = {}
-        self.edge = 0  # above it nothing is live
-        self.most = 0
-
-    def take(self, size: int) -> int:
-        """Place a buffer and return its address."""
-        found = bisect.bisect_left(self.holes, (size, -1))
-        if found == len(self.holes):
-            at, self.edge = self.edge, self.edge + size
-            self.most = max(self.most, self.edge)
-            return at
-        room, at = self.holes[found]
-        high = at + room
-        self._drop(at, high)
-        if room > size:
-            self._add(at + size, high)
-        return at
-
-    def free(self, low: int, high: int) -> None:
-        """Give back the place of a buffer, joined to the holes beside it."""
-        if low in self.from_high:
-            before = self.from_high[low]
-            self._drop(before, low)
-            low = before
-        if high == self.edge:
-            self.edge = low
-            return
-        if high in self.from_low:
-            after = self.from_low[high]
-            self._drop(high, after)
-            high = after
-        self._add(low, high)
-
-    def _add(self, low: int, high: int) -> None:
-        bisect.insort(self.holes, (high - low, low))
-        self.from_low[low], self.from_high[high] = high, low
-
-    def _drop(self, low: int, high: int) -> None:
-        del self.holes[bisect.bisect_left(self.holes, (high - low, low))]
-        del self.from_low[low], self.from_high[high]
+            before = lows.pop(low, None)
+            if before is not None:
+                del holes[bisect.bisect_left(holes, (low - before, before))], highs[before]
+                low = before
+            if high == edge:
+                edge = low
+                continue
+            after = highs.pop(high, None)
+            if after is not None:
+                del holes[bisect.bisect_left(holes, (after - high, high))]
+                high = after
+            bisect.insort(holes, (high - low, low))
+            highs[low], lows[high] = high, low
+        size = -negative
+        found = bisect.bisect_left(holes, (size, -1))
+        if found == len(holes):
+            at, edge = edge, edge + size
+            most = max(most, edge)
+        else:
+            room, at = holes.pop(found)
+            high = highs.pop(at)
+            if room > size:
+                bisect.insort(holes, (room - size, at + size))
+                highs[at + size], lows[high] = high, at + size
+            else:
+                del lows[high]
+        heapq.heappush(ends, (end, at, at + size))
+    return most
