@@ -10,7 +10,6 @@ A table, a CSV file and a picture; exit code 1 where a row with `Lossless` compi
 """
 
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,12 +61,11 @@ def build(name: str, form: str) -> tuple:
     return steps.reference_step(family, layers=layers, small=form == "small", tiny=form == "tiny", **fields)
 
 
-def kept_bytes(decision: Any) -> float:
+def kept_bytes(decision: Any) -> int:
     """Return the bytes that a decision keeps: all, none where it is repeated, or its form's share."""
     if decision.choice == "recompute":
-        return 0.0
-    share = re.search(r"kept exactly in ([\d.]+)%", decision.reason)
-    return decision.value_bytes * (float(share.group(1)) / 100 if share else 1.0)
+        return 0
+    return decision.value_bytes if decision.stored_bytes is None else decision.stored_bytes
 
 
 def planned_row(built: tuple, passes: Sequence[Any], budget: float | str, target: str, compiles: bool) -> dict:

@@ -111,13 +111,17 @@ def decisions(survey: Survey, names: Names, chosen: Any, repeatable: Mapping[int
 def _row(survey, names, value, choice, size, count, repeatable, store) -> Decision:
     item = survey.graph.values[value]
     places = f"read in {count} later place{'s' if count > 1 else ''}"
+    stored_bytes = None
     if store is not None and choice == store.name:
         exact = f"with a relative error of at most {store.error:g}" if store.error else "exactly"
-        places += f"; kept {exact} in {store.bytes / max(1, survey.bytes_of_value(value)):.3%} of its bytes"
+        share = store.bytes / max(1, survey.bytes_of_value(value))
+        stored_bytes = round(size * share)
+        places += f"; kept {exact} in {share:.1%} of its bytes"
     if item.op is None:
         loop = survey.graph.regions[item.region].op
         base = f"{names.name(loop)}/carry.{item.operand}"
-        return Decision(base, names.module(loop), c.user_source(loop.eqn), size, choice, f"{places}; a loop's carry")
+        reason = f"{places}; a loop's carry"
+        return Decision(base, names.module(loop), c.user_source(loop.eqn), size, choice, reason, stored_bytes)
     op = item.op
     name = names.name(op) + (f":{op.outputs.index(value)}" if len(op.outputs) > 1 else "")
     trips = survey.graph.regions[op.region].trips
@@ -126,4 +130,4 @@ def _row(survey, names, value, choice, size, count, repeatable, store) -> Decisi
         price = f"running it again takes {repeatable[op.id] * trips * 1e6:.3g} us and {flops:.3g} matmul FLOPs"
     else:
         price = "it cannot be run again"
-    return Decision(name, names.module(op), c.user_source(op.eqn), size, choice, f"{places}; {price}")
+    return Decision(name, names.module(op), c.user_source(op.eqn), size, choice, f"{places}; {price}", stored_bytes)

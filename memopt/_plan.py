@@ -28,6 +28,7 @@ class Decision:
       value_bytes: bytes of keeping it; in a loop, of its stack.
       choice: `"keep"`, `"recompute"`, or the name of the form that it is kept in.
       reason: one sentence.
+      stored_bytes: bytes of the form that it is kept in, scales and padding included; None where it is in none.
 
     Example:
       >>> import memopt
@@ -41,6 +42,7 @@ class Decision:
     value_bytes: int
     choice: str
     reason: str
+    stored_bytes: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

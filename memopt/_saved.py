@@ -114,10 +114,12 @@ def _is_written_count(key: str) -> bool:
 
 
 def _is_decision(value: Any) -> bool:
-    names = {"name", "module", "source", "value_bytes", "choice", "reason"}
-    if not isinstance(value, dict) or set(value) != names:
-        return False
-    return all(_is_count(v) if k == "value_bytes" else _is_text(v) for k, v in value.items())
+    texts = {"name", "module", "source", "choice", "reason"}
+    if not isinstance(value, dict) or value.keys() - {"stored_bytes"} != texts | {"value_bytes"}:
+        return False  # plans saved before forms had bytes of their own are read too
+    stored_bytes = value.get("stored_bytes")
+    counts = _is_count(value["value_bytes"]) and (stored_bytes is None or _is_count(stored_bytes))
+    return counts and all(_is_text(value[name]) for name in texts)
 
 
 def _is_variant(value: Any) -> bool:
