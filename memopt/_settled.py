@@ -62,7 +62,8 @@ def _ties(graph: g.Graph) -> set[int]:
     A matmul whose result element-wise operations alone read goes on in the same kernel; to hold its result for a
     barrier beside theirs would cost its bytes (XLA:TPU does so up to the end, though nothing reads it then). The value
     that such a kernel ends with, the first one that another kernel reads, is tied to in its place, if it is computed
-    and not put together of parts.
+    and not put together of parts. Batched matmuls make scores and their gradients, which are written in any case: a
+    reduction of them has to come first.
     """
     onward = _onward(graph)
     whole = {v for op in graph.ops if op.eqn.primitive.name not in _FUSED for v in op.inputs}
@@ -72,12 +73,16 @@ def _ties(graph: g.Graph) -> set[int]:
         name, goes_on = op.eqn.primitive.name, not going.isdisjoint(op.inputs)
         if name in _fusion.ELEMENTWISE and not goes_on:
             continue
-        if name in _fusion.MATMULS or name in _fusion.ELEMENTWISE:
+        if name in _fusion.ELEMENTWISE or (name in _fusion.MATMULS and not _is_batched(op)):
             going.update(v for v in op.outputs if v not in whole)
             found.update(v for v in op.outputs if v in whole and name not in _JOINING)
         else:
             found.update(op.outputs)
     return found & onward
+
+
+def _is_batched(op: g.Op) -> bool:
+    return op.eqn.primitive.name == "dot_general" and bool(op.eqn.params["dimension_numbers"][1][0])
 
 
 def _onward(graph: g.Graph) -> set[int]:

@@ -32,8 +32,8 @@ _NEAR, _WORTH = 1.015, 0.0025
 #: So is one that fits but for holes of the heap: without them it is predicted so far below the budget, with them so
 #: much larger, and it repeats less by this share of the step. Where holes are large, half of such plans have none.
 _PACKED, _HOLES, _LUCKY_WORTH = 0.975, 1.08, 0.03
-#: After one that missed, the next is smaller by this factor without holes.
-_SMALLER = 0.995
+#: After one that missed, the next is smaller by this factor without holes, or by this one as predicted.
+_SMALLER, _CALMER = 0.995, 0.97
 #: How many are tried of both.
 _HOPES = 3
 _LISTED = 8
@@ -137,14 +137,16 @@ def _hopeful(program: Program) -> int | None:
     ladder, first = program.ladder, getattr(program.ladder, "first", 0)
     chosen, step_flops = ladder.rung(index), getattr(getattr(ladder, "step", None), "baseline_flops", 0.0)
     over = program.measured.get(index, chosen.predicted_peak_bytes) > budget
-    least = min((ladder.rung(tried).packed_peak_bytes for tried in program.measured), default=math.inf)
-    packed_bytes = min(_PACKED * budget, _SMALLER * least)
+    tried = [ladder.rung(other) for other in program.measured]
+    packed_bytes = _SMALLER * min((rung.packed_peak_bytes for rung in tried), default=math.inf)
+    calm_bytes = _CALMER * min((rung.predicted_peak_bytes for rung in tried), default=math.inf)
     spares = range(len(ladder.rungs), len(ladder.rungs) + len(ladder.spares))
     for other in sorted([*range(first, index), *spares], key=lambda other: ladder.rung(other).recompute_flops):
         rung = ladder.rung(other)
         saved = chosen.recompute_flops - rung.recompute_flops
         near = rung.predicted_peak_bytes <= _NEAR * budget and saved > _WORTH * step_flops
-        holed = packed_bytes >= rung.packed_peak_bytes < rung.predicted_peak_bytes / _HOLES
+        another = rung.packed_peak_bytes <= packed_bytes or rung.predicted_peak_bytes <= calm_bytes
+        holed = another and _PACKED * budget >= rung.packed_peak_bytes < rung.predicted_peak_bytes / _HOLES
         if other not in program.measured and (near or (holed and (over or saved > _LUCKY_WORTH * step_flops))):
             return other
     return index
