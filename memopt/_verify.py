@@ -34,8 +34,8 @@ _NEAR, _WORTH = 1.015, 0.0025
 _PACKED, _HOLES, _LUCKY_WORTH = 0.975, 1.08, 0.03
 #: After one that missed, the next is smaller by this factor without holes, or by this one as predicted.
 _SMALLER, _CALMER = 0.995, 0.97
-#: How many are tried of both.
-_HOPES = 3
+#: How many are tried of the first kind and of the second; a near one is likelier to fit.
+_NEARS, _HOPES = 2, 3
 _LISTED = 8
 
 
@@ -105,17 +105,18 @@ def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stag
         BudgetError: the compiled peak of each rung tried is over the budget.
     """
     reasons: list[str] = []
-    attempts = hopes = 0
+    attempts = 0
+    left = {"near": _NEARS, "holed": _HOPES}
     try:
         while True:
-            chosen, program.index = program.index, _hopeful(program) if hopes < _HOPES else program.index
+            chosen, program.index = program.index, _hopeful(program, left)
             hopeful = program.index != chosen
             compiled, memory = compile_rung(program, args, kwargs)
             if _fits(program, memory):
                 break
             reasons.append(f"{format_bytes(memory.peak_bytes)} compiled was over")
             program.index = _next_choice(program, -1 if hopeful else attempts)
-            hopes, attempts = hopes + hopeful, attempts + (not hopeful)
+            attempts += not hopeful
     except BudgetError:
         _forget(program)
         raise
@@ -124,8 +125,10 @@ def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stag
     return compiled
 
 
-def _hopeful(program: Program) -> int | None:
+def _hopeful(program: Program, left: dict[str, int]) -> int | None:
     """Return the rung to compile first: the chosen one, or another that may fit and repeats less.
+
+    Of each kind of these only so many are tried as `left` says, from which the one that is returned is taken.
 
     Predictions are means over layouts of the heap: a plan predicted a little over the budget often fits, and one with
     large holes compiles with or without them. A plan is compiled once and run many times. Where no plan is predicted to
@@ -147,7 +150,10 @@ def _hopeful(program: Program) -> int | None:
         near = rung.predicted_peak_bytes <= _NEAR * budget and saved > _WORTH * step_flops
         another = rung.packed_peak_bytes <= packed_bytes or rung.predicted_peak_bytes <= calm_bytes
         holed = another and _PACKED * budget >= rung.packed_peak_bytes < rung.predicted_peak_bytes / _HOLES
-        if other not in program.measured and (near or (holed and (over or saved > _LUCKY_WORTH * step_flops))):
+        holed = holed and (over or saved > _LUCKY_WORTH * step_flops)
+        kind = "near" if near and left["near"] else "holed" if holed and left["holed"] else None
+        if kind is not None and other not in program.measured:
+            left[kind] -= 1
             return other
     return index
 

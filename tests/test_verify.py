@@ -179,12 +179,23 @@ def test_a_spare_that_misses_leaves_the_rungs(use):
     assert program_of(step).index == 1
 
 
-def test_three_plans_just_over_the_budget_are_tried_at_most(use):
+def test_two_plans_just_over_the_budget_are_tried_at_most(use):
     over = [(shuffled(i), int((1.012 - 0.002 * i) * SMALL_BYTES), 1.0 * i) for i in range(5)]
     use((None, 2 * PLAIN_BYTES), *over, (SMALL_STEP, SMALL_BYTES, 9.0))
     step = optimize(STEP, budget=SMALL_BYTES)
     step(W, X)
-    assert sorted(program_of(step).measured) == [1, 2, 3, 6]
+    assert sorted(program_of(step).measured) == [1, 2, 6]
+
+
+def test_after_three_spares_that_miss_a_plan_just_over_the_budget_is_still_tried(use):
+    packed = [int((0.9 - 0.02 * i) * SMALL_BYTES) for i in range(4)]
+    spares = [(shuffled(i), 2 * PLAIN_BYTES, 0.1 * i, size) for i, size in enumerate(packed)]
+    near = SMALL_STEP, int(1.01 * SMALL_BYTES), 1.0
+    use((None, 3 * PLAIN_BYTES), near, (shuffled(9), SMALL_BYTES, 9.0), spares=spares)
+    step = optimize(STEP, budget=SMALL_BYTES)
+    step(W, X)
+    assert sorted(program_of(step).measured) == [1, 3, 4, 5]
+    assert program_of(step).index == 1
 
 
 def test_a_plan_just_over_the_budget_that_misses_costs_no_attempt(use):
