@@ -4,7 +4,7 @@ In: flags; reference steps, as shapes. Out: for each step the compiled temporari
 alone (nothing is repeated), and the share of the stacked gradients' bytes that is gone; a table, a CSV file and a
 picture. Exit code 1 where less than 80 % is gone.
 
-    python experiments/fuse_update.py --steps=gpt2 --small
+    python experiments/fuse_update.py --steps=gpt2 --small --optimizer=galore
 """
 
 import gc
@@ -18,6 +18,7 @@ from absl import app, flags
 LEAST = 0.8
 COLUMNS = (
     _report.Column("step", "step"),
+    _report.Column("optimizer", "optimizer"),
     _report.Column("gradient_bytes", "stacked gradients", "bytes"),
     _report.Column("plain_temp_bytes", "temporaries, plain", "bytes"),
     _report.Column("temp_bytes", "fused", "bytes"),
@@ -32,24 +33,33 @@ COLUMNS = (
 def define_flags() -> None:
     """Define the flags; called when this file runs as a script, never at import."""
     flags.DEFINE_list("steps", ["llama_1b"], "Reference steps; their layers are a scan.")
+    flags.DEFINE_enum("optimizer", "adamw", ["adamw", "galore", "muon"], "Its update; GaLore's rank is 512.")
     flags.DEFINE_bool("small", False, "Use the small forms.")
     flags.DEFINE_bool("tiny", False, "Use the tiny forms, to try the script.")
     flags.DEFINE_string("target", "tpu:v5p:1x1", "What to compile for: a chip on which the plain step fits.")
     flags.DEFINE_string("out_dir", "out/fuse_update", "Folder for the CSV file and the picture.")
 
 
-def row_of(name: str, target: str, **form: bool) -> dict[str, Any]:
+def transform(optimizer: str) -> Any:
+    """Return an optimizer by name; None is the reference steps' own."""
+    from memopt import optim
+
+    return {"adamw": None, "galore": optim.galore(1e-3, rank=512), "muon": optim.muon(1e-3)}[optimizer]
+
+
+def row_of(name: str, target: str, optimizer: str, **form: bool) -> dict[str, Any]:
     """Return the figures of one step, plain and with its updates fused."""
     import memopt
     from memopt.models import steps
 
-    step, args, options = steps.reference_step(name, layers="scan", **form)
+    step, args, options = steps.reference_step(name, layers="scan", optimizer=transform(optimizer), **form)
     plain = memopt.measure(step, *args, target=target, **options)
     fused = memopt.optimize(step, target=target, passes=[memopt.passes.FuseUpdate()], **options)
     memory = fused.measure(*args)
     gradients = sum(row.value_bytes for row in fused.plan(*args).decisions if row.choice == "fuse_update")
     return {
         "step": name,
+        "optimizer": optimizer,
         "gradient_bytes": gradients,
         "plain_temp_bytes": plain.temp_bytes,
         "temp_bytes": memory.temp_bytes,
@@ -86,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
     values, out, rows = flags.FLAGS, _report.console(), []
     folder = pathlib.Path(values.out_dir)
     for name in values.steps:
-        rows.append(row_of(name, values.target, small=values.small, tiny=values.tiny))
+        rows.append(row_of(name, values.target, values.optimizer, small=values.small, tiny=values.tiny))
         gc.collect()
         _report.write_csv(folder / "fuse_update.csv", rows)
     draw(folder / "fuse_update.png", rows)

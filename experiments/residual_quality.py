@@ -7,7 +7,8 @@ gap to exact training; two tables and CSV files. Everything that a forward pass 
 repeated); all trainings see the same batches and start from the same parameters. Exit code 1 where int8 does not end
 within the seeds' spread of exact training.
 
-The defaults are a reduced form, of minutes on one core. The long form:
+The digits need the extra `bench` (`pip install -e '.[bench]'`); `--models=gpt` does without. The defaults are a reduced
+form, of minutes on one core. The long form:
 
     python experiments/residual_quality.py --width=128 --depth=4 --length=128 --steps=1000
 """
@@ -110,7 +111,12 @@ class Vit:
     """The vision transformer and scikit-learn's 8 x 8 digits, one in five of them held out."""
 
     def __init__(self, values: Any):
-        from sklearn import datasets
+        try:
+            from sklearn import datasets
+        except ImportError as error:
+            raise app.UsageError(
+                "--models=vit needs scikit-learn: pip install -e '.[bench]', or --models=gpt"
+            ) from error
 
         from memopt.models import vit
 

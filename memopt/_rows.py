@@ -39,10 +39,13 @@ class Row:
       params: its parameters.
       gather: None, or the name of the primitive that joins the results of two layers: then the operation on the stack
         has one result for all layers.
+      inner: None, or what stands in the operation's place: an open jaxpr without constants, of the layer's number
+        (int32) and the operands.
     """
 
     params: dict[str, Any]
     gather: str | None = None
+    inner: Any | None = None
 
 
 def row(eqn: Any, stacked: Sequence[bool], length: int) -> Row | None:

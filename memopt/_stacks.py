@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _rows
+from memopt import _row_loops, _rows
 from memopt._pairs import Loop
 
 
@@ -83,6 +83,7 @@ class _Finder:
                 self.readers.setdefault(v, []).append(place)
         for v in _variables(jaxpr.outvars):
             self.readers.setdefault(v, []).append(len(jaxpr.eqns))
+        self.makers = {v: e for e in jaxpr.eqns for v in e.outvars}
         self.why: dict[int, str] = {}
 
     def find(self) -> Region:
@@ -139,7 +140,8 @@ class _Finder:
             row = _rows.row(eqn, stacked, length)
             if row is not None:
                 return Member(eqn, tuple(stacked), row)
-        return None
+        loop = _row_loops.row(eqn, dependent, length, self.makers, self.readers.__contains__)
+        return None if loop is None else Member(eqn, *loop)
 
     def _with_producers(self, members: list[Member]) -> list[Member]:
         """Add what only members read as stacks and what can be made one layer at a time itself: decayed moments."""

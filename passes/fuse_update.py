@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from memopt import _compat as c
-from memopt import _cost, _pairs, _rows, _stacks
+from memopt import _cost, _forms, _pairs, _rows, _stacks
 from memopt._contract import Context, Left, Rewritten
 from memopt._plan import Decision
 from memopt._scopes import module_path
@@ -30,7 +30,8 @@ class FuseUpdate:
     Memory falls by the stacked gradients of all layers but one, and by what the update makes of them; arguments and
     outputs stay. No operation is added but a slice and a write of each layer's state, in place. Exact: each layer's
     operations are the same; only reductions over all layers (a gradient norm that is reported) are summed in another
-    order.
+    order. A loop in the update that goes through the layers itself (GaLore's refreshed bases, Muon's matrices) is taken
+    apart: each layer's part stands behind a condition on its number, or alone.
 
     The plan has one row for each loop, and one sentence for each stacked gradient that stays: one that the step
     returns, or whose update waits for all gradients (clipping by a global norm, a loss scale).
@@ -47,7 +48,8 @@ class FuseUpdate:
       '1 stacked gradients are consumed one layer of 4 at a time'
 
     Source: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (LOMO), ACL 2024,
-    section 3.1; here for any optimizer that treats layers alone, after differentiation.
+    section 3.1; Zhao et al., "GaLore", ICML 2024, for per-layer updates of it; here for any optimizer that
+    treats layers alone, after differentiation.
 
     Limits: layers have to be a `scan`, and the state donated for its memory not to be held twice. Unrolled layers are
     left to XLA, which may update them as early. On the CPU the step is left as it was: XLA:CPU would copy the stacks.
@@ -286,6 +288,11 @@ class _Builder:
         invars = [v if isinstance(v, c.Literal) else t[v] for v, t in zip(eqn.invars, tables, strict=True)]
         if member.row.gather is not None:
             self._gather(member, invars)
+            return
+        if member.row.inner is not None:
+            eqns, outs = _forms.emit(member.row.inner, [self.index, *invars], eqn)
+            self.inside.update(zip(eqn.outvars, outs, strict=True))
+            self.eqns += eqns
             return
         outvars = [v if isinstance(v, c.DropVar) else c.Var(_rows.row_aval(v.aval)) for v in eqn.outvars]
         self.inside.update(zip(eqn.outvars, outvars, strict=True))

@@ -129,7 +129,8 @@ def due_range(offsets: np.ndarray, count: jax.Array, every: int) -> tuple[jax.Ar
     first = jnp.searchsorted(jnp.asarray(offsets), now, side="left").astype(jnp.int32)
     last = jnp.searchsorted(jnp.asarray(offsets), now, side="right").astype(jnp.int32)
     start = count == 0
-    return jnp.where(start, 0, first), jnp.where(start, len(offsets), last)
+    first, last = jnp.where(start, 0, first), jnp.where(start, len(offsets), last)
+    return jnp.maximum(first, 0), jnp.minimum(last, len(offsets))  # changes nothing, but a pass can see the range
 
 
 def as_batch(values: jax.Array) -> jax.Array:

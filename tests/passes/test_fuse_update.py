@@ -19,6 +19,13 @@ from memopt.passes.fuse_update import fuse
 
 LAYERS, WIDTH = 3, 8
 TPU = Target.parse("tpu:v5e:1x1")
+
+
+def is_stack(path, leaf):
+    """Say whether a leaf is a stack of matrices."""
+    return leaf.ndim == 3
+
+
 NOT_MATRICES = functools.partial(jax.tree.map, lambda x: x.ndim > 2)
 OPTIMIZERS = {
     "sgd": lambda: optax.sgd(0.1),
@@ -26,6 +33,9 @@ OPTIMIZERS = {
     "adamw": lambda: optax.adamw(optax.linear_schedule(0.0, 1e-2, 5), weight_decay=0.1),
     "adamw_mask": lambda: optax.adamw(1e-2, weight_decay=0.1, mask=NOT_MATRICES),
     "lion": lambda: optax.lion(1e-2, weight_decay=0.1),
+    "galore": lambda: memopt.optim.galore(0.1, rank=2, refresh_every=2, weight_decay=0.1, where=is_stack),
+    "galore_left": lambda: memopt.optim.galore(0.1, optax.scale_by_lion(), rank=2, side="left", where=is_stack),
+    "muon": lambda: memopt.optim.muon(1e-2, where=is_stack),
     "per_layer_norm": lambda: optax.chain(optax.scale_by_adam(), optax.scale(-1e-2)),
 }
 
@@ -110,6 +120,26 @@ def test_updates_move_into_the_loop_and_change_nothing(name, x64):
     assert [len(avals) for _, avals in moved] == [2] and not left
     fused = memopt.optimize(step, passes=[Anywhere()])
     assert_close(run(fused, state, batch), run(jax.jit(step), state, batch))
+
+
+@pytest.mark.loose_promotion
+def test_moments_at_a_low_rank_are_fused_too(x64):
+    """The step is an optax one; `LowRankState` projects what `FuseUpdate` then moves."""
+    low = memopt.passes.LowRankState(rank=2, where=["*mu*'w'*", "*nu*'w'*"], refresh_every=2)
+    optimizer = optax.adamw(0.1, weight_decay=0.1)
+    step, (state, batch) = step_with(optimizer), start(optimizer)
+    plain, fused = (memopt.optimize(step, passes=passes) for passes in ([low], [low, Anywhere()]))
+    state = plain.compress(state, state, batch)
+    assert fused.plan(state, batch).rewrites == ("fuse_update",) and not fused.plan(state, batch).notes
+    got, want = run(fused, state, batch), run(plain, state, batch)
+    assert got[0][1][0].mu["layers"]["w"].low.shape == (LAYERS, WIDTH, 2)
+    assert_close(fused.decompress(got[0]), plain.decompress(want[0]))
+    loops = [v.aval.shape for e in loops_of(fused, state, batch) for v in e.outvars[c.scan_layout(e)[1] :]]
+    assert loops and (LAYERS, WIDTH, WIDTH) not in loops
+
+
+def loops_of(step, *args):
+    return [e for e in c.open_jaxpr(step.trace(*args).jaxpr).eqns if e.primitive.name == "scan"]
 
 
 @pytest.mark.loose_promotion
@@ -201,9 +231,14 @@ def test_a_mask_that_is_not_made_again_stays_one_for_all_layers():
 
 @pytest.mark.tpu_aot
 @pytest.mark.loose_promotion
-def test_gradients_are_gone_from_the_compiled_temporaries():
-    step = step_with(optax.adam(1e-2))
-    shapes = jax.eval_shape(lambda: start(optax.adam(1e-2), jnp.float32, width=2048, layers=12))
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.adam(1e-2), pytest.param(memopt.optim.galore(1e-2, rank=64), marks=pytest.mark.slow)],
+    ids=["adam", "galore"],
+)
+def test_gradients_are_gone_from_the_compiled_temporaries(optimizer):
+    step = step_with(optimizer)
+    shapes = jax.eval_shape(lambda: start(optimizer, jnp.float32, width=2048, layers=12))
     options = {"target": "tpu:v5e:1x1", "donate_argnums": 0}
     plain = memopt.measure(step, *shapes, **options)
     fused = memopt.optimize(step, passes=[memopt.passes.FuseUpdate()], **options).measure(*shapes)
