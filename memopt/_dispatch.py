@@ -166,10 +166,13 @@ class Core:
 
     def planned(self, *args: Any, **kwargs: Any) -> Program:
         """Return the program of these arguments or shapes, planned and not compiled."""
+        return self._planned(args, kwargs, verified=False)
+
+    def _planned(self, args: tuple, kwargs: dict, *, verified: bool) -> Program:
         with self._lock:
             signature = Signature.of(*self._statics.split(args, kwargs))
             program = self._program(signature, args, kwargs)
-            plan_program(program, signature.leaves, verified=False)
+            plan_program(program, signature.leaves, verified=verified)
             return program
 
     def compiled(self, *args: Any, **kwargs: Any) -> tuple[Program, jax.stages.Compiled]:
@@ -189,8 +192,11 @@ class Core:
         return program.memory
 
     def lowered(self, *args: Any, **kwargs: Any) -> Any:
-        """Return JAX's `Lowered` of the rewritten step, planned and not compiled."""
-        return lower_rung(self.planned(*args, **kwargs), args, kwargs)
+        """Return JAX's `Lowered` of the rewritten step, planned and not compiled.
+
+        Compiling it verifies the budget, so a plan that is predicted a little over it will do, as it does for a call.
+        """
+        return lower_rung(self._planned(args, kwargs, verified=self.settings.verify), args, kwargs)
 
 
 def _explain_deleted(name: str, error: Exception, args: tuple, kwargs: dict) -> None:

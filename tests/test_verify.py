@@ -275,6 +275,14 @@ def test_lower_compile_verifies_too(use):
         optimize(STEP, budget=SMALL_BYTES - 1).lower(W, X).compile()
 
 
+def test_lower_takes_a_plan_a_little_over_as_a_call_does(use):
+    use((None, 2 * PLAIN_BYTES), (SMALL_STEP, int(1.1 * SMALL_BYTES)))
+    step = optimize(STEP, budget=SMALL_BYTES)
+    assert step.lower(W, X).compile().memory_analysis().temp_size_in_bytes == measure(SMALL_STEP, W, X).temp_bytes
+    with pytest.raises(BudgetError):
+        optimize(STEP, budget=SMALL_BYTES, verify=False).lower(W, X)
+
+
 def test_an_error_leaves_nothing_half_done(use):
     use((None, PLAIN_BYTES // 2))
     step = optimize(STEP, budget=PLAIN_BYTES - 1)
