@@ -186,7 +186,8 @@ class Fusion:
     def _ends_softmax(self, op: tg.Op) -> bool:
         """Whether this is `x - max(x)` of a masked product, which the TPU backend computes in the matmul's kernel.
 
-        Without a mask the product itself is stored, in its own type; so it is where a barrier reads it.
+        Without a mask the product itself is stored, in its own type; so it is where a barrier
+        reads it and the maximum is that of an earlier run.
         """
         if not self.rules.softmax_row or -1 in op.ins:
             return False
@@ -196,9 +197,9 @@ class Fusion:
         maker = graph.ops[graph.maker[top]] if top >= 0 and graph.maker[top] >= 0 else None
         if not (128 <= row <= self.rules.softmax_row and row % 128 == 0 and maker and source >= 0):
             return False
-        if source in graph.forced or maker.name != "reduce_max" or self.base[maker.ins[0]] != source:
+        if maker.name != "reduce_max" or self.base[maker.ins[0]] != source or not self._chain_has(x, _MASKS):
             return False
-        if not self._chain_has(x, _MASKS):
+        if source in graph.forced and maker.ins[0] != x:
             return False
         self.fused_max[source] = {graph.maker[top], graph.maker[op.outs[0]]}
         self.softmaxes.add(op.outs[0])
