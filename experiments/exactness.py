@@ -100,7 +100,7 @@ def planned_run(step: Any, args: Any, budget: str, count: int) -> tuple[Any, lis
     try:
         return optimized, run(optimized, args, count), "compiled over the budget"
     except memopt.BudgetError as error:
-        budget_bytes = int(1.02 * error.smallest_peak_bytes)  # planned anew, the smallest plan may differ a little
+        budget_bytes = int(1.1 * error.smallest_peak_bytes)  # float64 widens batch statistics in the first step
         optimized = memopt.optimize(step, budget=budget_bytes, verify=False)
         return optimized, run(optimized, args, count), "the smallest plan"
 
