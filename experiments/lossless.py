@@ -62,7 +62,7 @@ def build(name: str, form: str) -> tuple:
 
 
 def kept_bytes(decision: Any) -> int:
-    """Return the bytes that a decision keeps: all, none where it is repeated, or its form's share."""
+    """Return the bytes that a decision keeps: all, none where it is repeated, or those of its form."""
     if decision.choice == "recompute":
         return 0
     return decision.value_bytes if decision.stored_bytes is None else decision.stored_bytes

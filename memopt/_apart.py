@@ -26,7 +26,7 @@ def apart(closed: Any) -> Any:
     renamed: dict[Any, Any] = {}
     eqns: list[Any] = []
     for eqn in base.eqns:
-        if _is_batched(eqn):
+        if is_batched(eqn):
             operands = [v for v in eqn.invars if not isinstance(v, c.Literal)]
             if not c.is_transposed(c.transforms(eqn)):
                 forward.update(operands)
@@ -41,7 +41,8 @@ def apart(closed: Any) -> Any:
     return c.close(c.rebuild(base, eqns=eqns), c.jaxpr_consts(closed)) if renamed else closed
 
 
-def _is_batched(eqn: Any) -> bool:
+def is_batched(eqn: Any) -> bool:
+    """Whether an equation is a matmul with batch dimensions, as attention's are."""
     return eqn.primitive.name == "dot_general" and bool(eqn.params["dimension_numbers"][1][0])
 
 
@@ -61,7 +62,7 @@ def _maker(var: Any, makers: dict[Any, Any]) -> Any:
 
 
 def _is_projection(eqn: Any) -> bool:
-    return eqn.primitive.name == "dot_general" and not _is_batched(eqn)
+    return eqn.primitive.name == "dot_general" and not is_batched(eqn)
 
 
 def _again(views: list[Any], renamed: dict[Any, Any], like: Any) -> list[Any]:

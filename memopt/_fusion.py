@@ -186,8 +186,8 @@ class Fusion:
     def _ends_softmax(self, op: tg.Op) -> bool:
         """Whether this is `x - max(x)` of a masked product, which the TPU backend computes in the matmul's kernel.
 
-        Without a mask the product itself is stored, in its own type; so it is where a barrier
-        reads it and the maximum is that of an earlier run.
+        Without a mask the product itself is stored, in its own type; so it is where a barrier reads it and the maximum
+        is that of an earlier run.
         """
         if not self.rules.softmax_row or -1 in op.ins:
             return False

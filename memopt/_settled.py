@@ -12,8 +12,8 @@ import dataclasses
 import weakref
 from typing import Any
 
+from memopt import _apart, _fusion
 from memopt import _compat as c
-from memopt import _fusion
 from memopt import _graph as g
 
 
@@ -73,16 +73,12 @@ def _ties(graph: g.Graph) -> set[int]:
         name, goes_on = op.eqn.primitive.name, not going.isdisjoint(op.inputs)
         if name in _fusion.ELEMENTWISE and not goes_on:
             continue
-        if name in _fusion.ELEMENTWISE or (name in _fusion.MATMULS and not _is_batched(op)):
+        if name in _fusion.ELEMENTWISE or (name in _fusion.MATMULS and not _apart.is_batched(op.eqn)):
             going.update(v for v in op.outputs if v not in whole)
             found.update(v for v in op.outputs if v in whole and name not in _JOINING)
         else:
             found.update(op.outputs)
     return found & onward
-
-
-def _is_batched(op: g.Op) -> bool:
-    return op.eqn.primitive.name == "dot_general" and bool(op.eqn.params["dimension_numbers"][1][0])
 
 
 def _onward(graph: g.Graph) -> set[int]:

@@ -128,7 +128,7 @@ def settle(program: Program, args: tuple, kwargs: Mapping[str, Any]) -> jax.stag
 def _hopeful(program: Program, left: dict[str, int]) -> int | None:
     """Return the rung to compile first: the chosen one, or another that may fit and repeats less.
 
-    Of each kind of these only so many are tried as `left` says, from which the one that is returned is taken.
+    `left` says how many of each kind may still be tried, and is counted down here.
 
     Predictions are means over layouts of the heap: a plan predicted a little over the budget often fits, and one with
     large holes compiles with or without them. A plan is compiled once and run many times. Where no plan is predicted to
