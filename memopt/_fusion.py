@@ -92,6 +92,8 @@ def materialised(jaxpr: Any, platform: str) -> set[Any]:
 
 _ERRORS = frozenset({"erf", "erfc", "erf_inv"})
 _MASKS = frozenset({"select_n", "add"})
+#: What is done with the maximum of a row before it is subtracted.
+_ROWS = frozenset({"max", "broadcast_in_dim", "convert_element_type"})
 _QUOTIENTS = frozenset({"exp", "exp2", "logistic"})
 FREE, INFINITE = -1, 1 << 60
 #: How many operations a kernel that nothing waits for is put off by at most.
@@ -186,8 +188,8 @@ class Fusion:
     def _ends_softmax(self, op: tg.Op) -> bool:
         """Whether this is `x - max(x)` of a masked product, which the TPU backend computes in the matmul's kernel.
 
-        Without a mask the product itself is stored, in its own type; so it is where a barrier reads it and the maximum
-        is that of an earlier run.
+        Without a mask the product itself is stored, in its own type; so it is where something else reads the maximum,
+        as the same softmax does that a plan runs again from kept statistics.
         """
         if not self.rules.softmax_row or -1 in op.ins:
             return False
@@ -199,11 +201,22 @@ class Fusion:
             return False
         if maker.name != "reduce_max" or self.base[maker.ins[0]] != source or not self._chain_has(x, _MASKS):
             return False
-        if source in graph.forced and maker.ins[0] != x:
+        if len(self._readers(top, _ROWS)) > 1:
             return False
         self.fused_max[source] = {graph.maker[top], graph.maker[op.outs[0]]}
         self.softmaxes.add(op.outs[0])
         return True
+
+    def _readers(self, value: int, through: frozenset[str]) -> set[int]:
+        """Return the operations that read a value, directly or through operations of these names."""
+        graph, found, todo = self.graph, set(), [value]
+        while todo:
+            for reader in graph.uses[todo.pop()]:
+                if graph.ops[reader].name in through:
+                    todo += graph.ops[reader].outs
+                else:
+                    found.add(reader)
+        return found
 
     def _is_one_hot(self, op: tg.Op) -> bool:
         """Whether a scatter of single elements into a constant becomes a comparison with an iota."""

@@ -138,25 +138,28 @@ def attention_backward(mask, known):
     return step, (x, x, x, x, jax.ShapeDtypeStruct((1024, 1024), jnp.bfloat16), row, row)
 
 
-def attention_kept(known, q, k, v, g):
-    """Causal attention and its gradients from kept scores, as a plan has it that runs the softmax again."""
+def attention_again(keeps, known, q, k, v, g):
+    """Causal attention and its gradients, as a plan has it that runs the softmax again, and the scores unless kept."""
 
     def masked(scores):
         return jnp.where(jnp.tril(jnp.ones(scores.shape[1:], bool)), scores.astype(jnp.float32), -1e30)
 
-    def statistics(x):
-        top = x.max(-1, keepdims=True)
-        return top, jnp.exp(x - top).sum(-1, keepdims=True)
-
-    def softmax(x, top, total):
-        return jnp.exp(x - top) / total
+    def softmax(scores, top=None, total=None):
+        x = masked(scores)
+        top = x.max(-1, keepdims=True) if top is None else top
+        exp = jnp.exp(x - top)
+        total = exp.sum(-1, keepdims=True) if total is None else total
+        return exp / total, top, total
 
     scores = jnp.einsum("bqd,bkd->bqk", q, k)
-    first = statistics(masked(scores))
-    g = g * jnp.einsum("bqk,bkd->bqd", softmax(masked(scores), *first).astype(q.dtype), v)
-    scores, g = lax.optimization_barrier((scores, g))
-    x = masked(scores)
-    weights = softmax(x, *(first if known else statistics(x)))
+    weights, *statistics = softmax(scores)
+    g = g * jnp.einsum("bqk,bkd->bqd", weights.astype(q.dtype), v)
+    if keeps:
+        scores, g = lax.optimization_barrier((scores, g))
+    else:
+        q, k, g = lax.optimization_barrier((q, k, g))
+        scores = jnp.einsum("bqd,bkd->bqk", q, k)
+    weights = softmax(scores, *(statistics if known else ()))[0]
     dv = jnp.einsum("bqk,bqd->bkd", weights.astype(q.dtype), g)
     d_weights = jnp.einsum("bqd,bkd->bqk", g, v).astype(jnp.float32)
     d_scores = (weights * (d_weights - (d_weights * weights).sum(-1, keepdims=True))).astype(q.dtype)
@@ -165,12 +168,14 @@ def attention_kept(known, q, k, v, g):
 
 @pytest.mark.tpu_aot
 @pytest.mark.loose_promotion
+@pytest.mark.parametrize("keeps", [False, True])
 @pytest.mark.parametrize("known", [False, True])
-def test_a_softmax_of_kept_scores_and_statistics_is_not_stored_wide_on_a_tpu(known):
-    step, shapes = functools.partial(attention_kept, known), (jax.ShapeDtypeStruct((96, 1024, 64), jnp.bfloat16),) * 4
+def test_a_softmax_whose_maximum_is_read_again_is_not_stored_wide_on_a_tpu(keeps, known):
+    step = functools.partial(attention_again, keeps, known)
+    shapes = (jax.ShapeDtypeStruct((96, 1024, 64), jnp.bfloat16),) * 4
     found = simulate(jax.make_jaxpr(step)(*shapes), target="tpu:v5e")
     compiled = memopt.measure(step, *shapes, target="tpu:v5e")
-    assert 0.95 * compiled.temp_bytes <= found.temp_bytes <= 1.2 * compiled.temp_bytes
+    assert 0.95 * compiled.temp_bytes <= found.temp_bytes <= 1.25 * compiled.temp_bytes
 
 
 @pytest.mark.tpu_aot
