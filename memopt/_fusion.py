@@ -201,22 +201,25 @@ class Fusion:
             return False
         if maker.name != "reduce_max" or self.base[maker.ins[0]] != source or not self._chain_has(x, _MASKS):
             return False
-        if len(self._readers(top, _ROWS)) > 1:
+        if self._is_read_elsewhere(top):
             return False
         self.fused_max[source] = {graph.maker[top], graph.maker[op.outs[0]]}
         self.softmaxes.add(op.outs[0])
         return True
 
-    def _readers(self, value: int, through: frozenset[str]) -> set[int]:
-        """Return the operations that read a value, directly or through operations of these names."""
-        graph, found, todo = self.graph, set(), [value]
+    def _is_read_elsewhere(self, top: int) -> bool:
+        """Whether the maximum of rows is read by more than one operation, or handed out."""
+        graph, found, todo = self.graph, set(), [top]
         while todo:
-            for reader in graph.uses[todo.pop()]:
-                if graph.ops[reader].name in through:
+            value = todo.pop()
+            if value in self.outputs:
+                return True
+            for reader in graph.uses[value]:
+                if graph.ops[reader].name in _ROWS:
                     todo += graph.ops[reader].outs
                 else:
                     found.add(reader)
-        return found
+        return len(found) > 1
 
     def _is_one_hot(self, op: tg.Op) -> bool:
         """Whether a scatter of single elements into a constant becomes a comparison with an iota."""
