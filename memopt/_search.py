@@ -47,7 +47,8 @@ class Search:
         self.repeatable, self.always = step.repeatable, step.always
         self.donated = donated
         self.plain = plain
-        self.seen: dict[Any, Rung] = {}
+        self.scored: dict[Any, Rung] = {}  # every plan that was built
+        self.seen: dict[Any, Rung] = {}  # those that the present technique has come upon
         self.cache: dict | None = {} if step.local is None else None  # what the timelines of its plans share
         self.undone_seconds = 0.0
         self.kept = self.score(Choice({}))
@@ -60,34 +61,49 @@ class Search:
         self.stores = [s for s in step.stores if not (s.late and step.repeatable)]
 
     def run(self, *, refined: bool = True) -> list[Rung]:
-        """Return all plans that were found; without `refined` those of the sweep alone."""
-        usage = self.kept.usage
-        hot = usage > _HOT * usage.max(initial=0)
-        self.unit = self.step.baseline_seconds / max(1.0, usage.max(initial=0))
-        self.weights = hot.astype(float)
-        for repeatable, stores in self._techniques():
-            self.network = Network(self.survey, repeatable, hot, self.step.always, stores)
-            self.sweep()
-            if refined and repeatable == self.repeatable:
-                self.seed(usage, necks=not stores and not _layers.plan(self))
-                self.tighten()
-                self.prune()
-                self.fill()
-        if refined:
-            refine(self)
+        """Return all plans that were found; without `refined` those of the sweep alone.
+
+        Each technique is searched by itself first, as if its pass were the only one, then all of them together from
+        what these searches found: so none alone has a plan that no plan of the mix is as good as.
+        """
+        self.usage = self.kept.usage
+        self.hot = self.usage > _HOT * self.usage.max(initial=0)
+        self.unit = self.step.baseline_seconds / max(1.0, self.usage.max(initial=0))
+        self.weights = self.hot.astype(float)
+        start, found = dict(self.seen), {}
+        for repeatable, stores in self._alone():
+            self.seen = dict(start)
+            self._look(repeatable, stores, refined)
+            found |= self.seen
+        self.seen = found or start
+        self._look(self.repeatable, self.stores, refined)
         self.repack()
         return list(self.seen.values())
 
-    def _techniques(self) -> list[tuple[dict[int, float], Sequence[Any]]]:
-        """Return what may be repeated and stored in each sweep: repeats alone, stores alone, then both.
+    def _alone(self) -> list[tuple[dict[int, float], Sequence[Any]]]:
+        """Return what each technique may repeat and store, and what those that store may together; none for one alone.
 
-        What one price finds of both together need not hold the best plans of each.
+        What the user asked to run again is run again in every plan, and no technique is then searched that cannot.
         """
-        found = [(self.repeatable, self.stores)]
-        if self.stores and self.repeatable:
-            alone = [] if self.always else [({}, self.stores)]
-            found = [(self.repeatable, ()), *alone, *found]
-        return found
+        own = [[s for s in stores if not (s.late and self.repeatable)] for stores in self.step.stores_by_pass]
+        own = [stores for stores in own if stores]
+        if len(own) > 1 and self.repeatable:
+            own.append(self.stores)
+        repeats = [(self.repeatable, ())] if self.repeatable and own else []
+        found = [*repeats, *(({}, stores) for stores in own if not self.always)]
+        return found if len(own) > 1 or repeats else []
+
+    def _look(self, repeatable: dict[int, float], stores: Sequence[Any], refined: bool) -> None:
+        """Search with these operations to repeat and these forms to store values in."""
+        self.network = Network(self.survey, repeatable, self.hot, self.step.always, stores)
+        self.sweep()
+        if refined:
+            self.seed(self.usage, necks=not stores and not _layers.plan(self))
+            self.tighten()
+            self.prune()
+            self.fill()
+            if repeatable and not stores:
+                refine(self)
 
     def sweep(self) -> None:
         """Find the lower hull of peak against time for one price in all segments that the peak's bytes reach.
@@ -227,7 +243,7 @@ class Search:
         if self.step.asked:
             choice = Choice(choice.repeats, dict(sorted({**choice.stores, **self._asked(choice.repeats)}.items())))
         key = choice.key
-        if key not in self.seen:
+        if key not in self.scored:
             chains = _segments.chains(self.survey.graph, choice.repeats)
             closed, bins = _apply.apply(self.survey.graph, choice.repeats, choice.stores, chains)
             local = self.step.local
@@ -240,7 +256,8 @@ class Search:
             usage = usage_of(c.open_jaxpr(closed), timeline, own, bins, self.survey.bins)
             timeline.release()
             peaks = timeline.peak_bytes, timeline.packed_peak_bytes
-            self.seen[key] = Rung(closed, *peaks, seconds, flops, choice, self.step, price, usage)
+            self.scored[key] = Rung(closed, *peaks, seconds, flops, choice, self.step, price, usage)
+        self.seen[key] = self.scored[key]
         return self.seen[key]
 
     def _asked(self, repeats: Mapping[int, frozenset[int]]) -> dict[int, Any]:

@@ -64,6 +64,7 @@ class Step:
         self.survey: Survey | None = None
         self.repeatable: dict[int, float] = {}
         self.stores: list[Store] = []
+        self.stores_by_pass: list[list[Store]] = []  # of each pass that proposes any
         self.always: set[int] = set()
         self.asked: dict[int, Store] = {}  # what the user asked by a scope to keep in this form
         if passes and self.flat is not None:
@@ -101,12 +102,15 @@ class Step:
     def _survey(self, overrides: Mapping[str, str] | None) -> None:
         self.survey = Survey(self.flat, self.target, self.local)
         self.names = Names(self.survey)
-        proposals = [x for p in self._proposing for x in p.propose(self.survey)]
+        offers = [list(p.propose(self.survey)) for p in self._proposing]
+        proposals = [x for offer in offers for x in offer]
         never, self.always = settle(self.survey, self.names, overrides)
         self.repeatable = {x.op: x.seconds for x in proposals if isinstance(x, Repeat) and x.op not in never}
         self.always &= set(self.repeatable)
         self.left = [*self.outcome.left, *(x for x in proposals if isinstance(x, Left))]
         self.stores = self._possible([x for x in proposals if isinstance(x, Store)], never)
+        possible = {id(store) for store in self.stores}
+        self.stores_by_pass = [own for offer in offers if (own := [x for x in offer if id(x) in possible])]
         self.asked = {store.value: store for store in self.stores if store.asked}
         for op in filter(None, map(self._maker, self.asked)):
             if _scopes.mark_of(self.names.stack(op)) in _scopes.USED:
