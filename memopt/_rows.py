@@ -180,6 +180,12 @@ def _dot(eqn: Any, stacked: Sequence[bool]) -> Row | None:
     return Row(dict(eqn.params, dimension_numbers=numbers))
 
 
+def _iota(eqn: Any, stacked: Sequence[bool]) -> Row | None:
+    """Numbers along another axis are the same for all layers."""
+    axis = eqn.params["dimension"]
+    return Row(dict(eqn.params, shape=tuple(eqn.params["shape"])[1:], dimension=axis - 1)) if axis > 0 else None
+
+
 def _less(axes: Sequence[int]) -> tuple[int, ...]:
     return tuple(a - 1 for a in axes)
 
@@ -187,4 +193,5 @@ def _less(axes: Sequence[int]) -> tuple[int, ...]:
 _RULES = {
     "broadcast_in_dim": _broadcast, "reshape": _reshape, "squeeze": _squeeze, "transpose": _transpose,
     "rev": _reverse, "slice": _slice, "pad": _pad, "dot_general": _dot,
+    "iota": _iota,
 }  # fmt: skip

@@ -152,7 +152,7 @@ def _basis(leaf: Leaf, settings: Settings, value: Any) -> tuple[Any, Any]:
     if _is_zero(value):
         return zeros, jnp.zeros([], jnp.int32)
     matrices, key = projection.as_batch(value), leaf_key(settings.seed, leaf, 0)
-    new = jax.lax.map(lambda i: settings.new_basis(matrices, i, key), jnp.arange(leaf.count, dtype=jnp.int32))
+    new = jax.lax.map(lambda i: settings.new_basis(matrices[i], i, key), jnp.arange(leaf.count, dtype=jnp.int32))
     return new.reshape(zeros.shape).astype(zeros.dtype), jnp.any(value != 0).astype(jnp.int32)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.scipy import fft
 
@@ -120,6 +121,7 @@ def scale_by_dct_low_rank(
     algorithm of DCT-AdamW, without its error feedback, which would keep a full-sized buffer.
 
     Limits: the shorter axis is always projected; moments of a leaf whose first axis is shorter are stored transposed.
+    Columns are chosen one matrix after the other; in a batch that is sharded along the batch that gathers the matrix.
     """
     settings = make_settings(rank, "auto", refresh_every, 0, 0, where)
 
@@ -137,7 +139,7 @@ def scale_by_dct_low_rank(
         tall = gradient.astype(wide(leaf.dtype))
         tall = jnp.swapaxes(tall, -1, -2) if turned else tall
         due = (count == 1) | ((count - 1 - leaf.index) % settings.refresh_every == 0)
-        state = jax.lax.cond(due, _refreshed, _unchanged, tall, state)
+        state = _refreshed(tall, state, jnp.where(due, np.int32(leaf.count), np.int32(0)))
         basis = cosine_columns(state.columns, tall.shape[-1], tall.dtype)
         low = projection.project(tall, basis, "right")
         mu, nu = decay(state.mu.astype(low.dtype), low, b1), decay(state.nu.astype(low.dtype), jnp.square(low), b2)
@@ -149,14 +151,20 @@ def scale_by_dct_low_rank(
     return per_leaf(init_leaf, update_leaf)
 
 
-def _refreshed(tall: jax.Array, state: DctLeaf) -> DctLeaf:
-    new = best_columns(tall, state.columns.shape[-1])
-    return DctLeaf(*[carry_over(moment, state.columns, new) for moment in (state.mu, state.nu)], new)
+def _refreshed(tall: jax.Array, state: DctLeaf, due: jax.Array) -> DctLeaf:
+    """Choose the columns of the first `due` matrices of a leaf anew, one after the other: of none, or of all."""
+    talls, *carry = [projection.as_batch(value) for value in (tall, *state[:2])]
+    columns = state.columns.reshape(-1, state.columns.shape[-1])
 
+    def one(index, carry):
+        row = [jax.lax.dynamic_index_in_dim(value, index, keepdims=False) for value in (talls, *carry)]
+        new = best_columns(row[0], columns.shape[-1])
+        moved = [carry_over(moment, row[-1], new) for moment in row[1:3]]
+        pairs = zip(carry, (*moved, new), strict=True)
+        return tuple(jax.lax.dynamic_update_index_in_dim(value, part, index, 0) for value, part in pairs)
 
-def _unchanged(tall: jax.Array, state: DctLeaf) -> DctLeaf:
-    del tall
-    return state
+    made = jax.lax.fori_loop(np.int32(0), due, one, (*carry, columns))
+    return DctLeaf(*[value.reshape(old.shape) for value, old in zip(made, state, strict=True)])
 
 
 def dct_low_rank(

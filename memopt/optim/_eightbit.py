@@ -58,6 +58,10 @@ def scale_by_adam_8bit(
     Source: Dettmers et al. 2022, "8-bit optimizers via block-wise quantization", sections 2.1 to 2.3.
 
     Limits: the normalised embedding layer of that paper is the model's to have; `stable_embedding` is its 32-bit state.
+    The kernel `memopt.pallas_kernels.adam_8bit_update` takes the same state and is not used here: XLA:TPU refuses to
+    partition a step that calls one, and a transformation cannot tell whether its step will be sharded; nor could
+    `FuseUpdate` take it apart by layer. Its codes differ by one where a value lies at the border of a cell, and it has
+    `1 - b2` from float32 (for 0.999 off by 5e-5 of itself). Who writes an unsharded step can call it on a leaf.
     """
     return scale_by_encoded_adam(_stores(block, min_size, stable_embedding), b1, b2, eps)
 

@@ -44,9 +44,8 @@ class Settings:
         """Return the shape of a leaf's bases."""
         return projection.basis_shape(leaf.shape, self.rank, self.side)
 
-    def new_basis(self, gradients: jax.Array, index: jax.Array, key: jax.Array) -> jax.Array:
-        """Make the basis of one matrix of a batch `[batch, m, n]`."""
-        matrix = jax.lax.dynamic_index_in_dim(gradients, index, keepdims=False)
+    def new_basis(self, matrix: jax.Array, index: jax.Array, key: jax.Array) -> jax.Array:
+        """Make the basis of one matrix `[m, n]`, the `index`-th of its batch."""
         key = jax.random.fold_in(key, index)
         return projection.range_basis(matrix, self.rank, key, self.side, self.power_iterations)
 
@@ -82,7 +81,8 @@ class PlainProjector:
         key = leaf_key(settings.seed, leaf, count)
 
         def one(index, bases):
-            basis = settings.new_basis(gradients, index, key).astype(bases.dtype)
+            matrix = jax.lax.dynamic_index_in_dim(gradients, index, keepdims=False)
+            basis = settings.new_basis(matrix, index, key).astype(bases.dtype)
             return jax.lax.dynamic_update_index_in_dim(bases, basis, index, 0)
 
         first, last = projection.due_range(offsets, count, settings.refresh_every)

@@ -7,6 +7,7 @@ In come what GaLore takes and the settings of the lazy refresh, out comes the sa
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,44 +69,83 @@ class LazyProjector:
 
     def refresh(self, leaf, gradient, stored, count, offsets, settings):
         """Refresh the matrices whose time has come, one after the other; nothing is decoded when none is due."""
-        gradients = projection.as_batch(gradient)
-        key = leaf_key(settings.seed, leaf, count)
+        rows = _Rows(stored.bases)
+        gradients, key = projection.as_batch(gradient), leaf_key(settings.seed, leaf, count)
         first = jnp.asarray(np.where(offsets > 0, offsets, settings.refresh_every).astype(np.int32))
 
-        def some(stored):
-            bases = projection.as_batch(decode(stored.bases))
+        def one(index, carry):
+            taken = [jax.lax.dynamic_index_in_dim(v, index, keepdims=False) for v in (gradients, first, *carry)]
 
-            def one(index, carry):
-                return jax.lax.cond(
-                    stored.due[index] <= count,
-                    lambda carry: self._one(index, carry, settings.new_basis(gradients, index, key), count, first),
-                    lambda carry: carry,
-                    carry,
-                )
+            def anew(matrix, begin, gap, due, similarity, *row):
+                del due
+                basis = settings.new_basis(matrix, index, key)
+                schedule = self._schedule(rows.basis(row), basis, gap, similarity, count, begin)
+                return *schedule, *rows.row(basis)
 
-            carry = (bases, stored.gap, stored.due, stored.similarity)
-            bases, *rest = jax.lax.fori_loop(0, leaf.count, one, carry)
-            return LazyBases(self.codec.encode(bases.reshape(stored.bases.shape)), *rest)
+            row = jax.lax.cond(taken[3] <= count, anew, lambda matrix, begin, *row: row, *taken)
+            pairs = zip(carry, row, strict=True)
+            return tuple(jax.lax.dynamic_update_index_in_dim(value, new, index, 0) for value, new in pairs)
 
-        return jax.lax.cond(jnp.any(stored.due <= count), some, lambda stored: stored, stored)
+        def some(stored, last):
+            carry = (*stored[1:], *rows.split(stored.bases))
+            gap, due, similarity, *parts = jax.lax.fori_loop(np.int32(0), last, one, carry)
+            return LazyBases(rows.join(parts), gap, due, similarity)
 
-    def _one(self, index, carry, basis, count, first):
-        """Put one new basis and note how its first direction compares with the old one's."""
-        bases, gap, due, similarity = carry
-        old, new = bases[index, :, 0].astype(basis.dtype), basis[:, 0]
+        now = jnp.any(stored.due <= count)
+        if rows.alone:
+            return some(stored, jnp.where(now, np.int32(leaf.count), np.int32(0)))
+        return jax.lax.cond(now, lambda stored: some(stored, np.int32(leaf.count)), lambda stored: stored, stored)
+
+    def _schedule(self, old, new, gap, similarity, count, first):
+        """Note how the first direction of a new basis compares with the old one's, and say when the next one is due."""
+        old, new = old[:, 0].astype(new.dtype), new[:, 0]
         norms = jnp.sqrt(jnp.sum(old**2) * jnp.sum(new**2))
         cosine = jnp.where(norms > 0, jnp.abs(jnp.sum(old * new)) / jnp.maximum(norms, 1e-30), -1.0)
-        queue = jnp.append(similarity[index, 1:], cosine.astype(jnp.float32))
+        queue = jnp.append(similarity[1:], cosine.astype(jnp.float32))
         queue = jnp.where(count == 0, jnp.full_like(queue, -1.0), queue)
         stays = jnp.all(queue >= 0) & (jnp.mean(queue) >= self.threshold)
-        wait = jnp.where(stays, (gap[index].astype(jnp.float32) * self.growth).astype(jnp.int32), gap[index])
-        then = jnp.where(count == 0, first[index], count + wait)
-        bases = jax.lax.dynamic_update_index_in_dim(bases, basis.astype(bases.dtype), index, 0)
-        return bases, gap.at[index].set(wait), due.at[index].set(then), similarity.at[index].set(queue)
+        wait = jnp.where(stays, (gap.astype(jnp.float32) * self.growth).astype(jnp.int32), gap)
+        return wait, jnp.where(count == 0, first, count + wait), queue
 
     def load(self, stored: LazyBases) -> jax.Array:
         """Return the decoded bases."""
         return decode(stored.bases)
+
+
+class _Rows:
+    """Takes the encoded bases of a batch apart by matrix: as codes where no byte is shared, else decoded.
+
+    Attributes:
+      alone: whether each matrix is encoded as it would be by itself.
+    """
+
+    def __init__(self, like: Encoded):
+        self.like, self.single = like, (1, *like.shape[-2:])
+        whole, alone = (like.codec.layout(shape, like.dtype) for shape in (like.shape, self.single))
+        pairs = zip(jax.tree.leaves(whole), jax.tree.leaves(alone), strict=True)
+        self.alone = len(like.shape) == 3 and all(a.shape == (like.shape[0], *b.shape[1:]) for a, b in pairs)
+
+    def split(self, bases: Encoded) -> list[jax.Array]:
+        """Return arrays with the batch as their first axis."""
+        return jax.tree.leaves(bases) if self.alone else [projection.as_batch(decode(bases))]
+
+    def basis(self, row: Sequence[jax.Array]) -> jax.Array:
+        """Return one matrix `[m, rank]` from its row of those arrays."""
+        if not self.alone:
+            return row[0]
+        codes, *scales = (part[None] for part in row)
+        return decode(dataclasses.replace(self.like, codes=codes, scales=tuple(scales), shape=self.single))[0]
+
+    def row(self, basis: jax.Array) -> list[jax.Array]:
+        """Undo `basis`."""
+        basis = basis.astype(self.like.dtype)
+        return [part[0] for part in jax.tree.leaves(self.like.codec.encode(basis[None]))] if self.alone else [basis]
+
+    def join(self, parts: Sequence[jax.Array]) -> Encoded:
+        """Undo `split`."""
+        if not self.alone:
+            return self.like.codec.encode(parts[0].reshape(self.like.shape))
+        return dataclasses.replace(self.like, codes=parts[0], scales=tuple(parts[1:]))
 
 
 def scale_by_q_galore(
@@ -154,7 +194,9 @@ def scale_by_q_galore(
     sections 3.2 and 3.3.
 
     Limits: the int8 weights of the paper are `int8_weights` and `int8_apply_updates`, since an optax transformation
-    does not hold the weights. A basis rounded to 4 bits is not quite orthonormal, as published.
+    does not hold the weights. A basis rounded to 4 bits is not quite orthonormal, as published. Where codes of two
+    matrices of a batch share a byte or their scales are not stored by matrix (ranks below 128, several batch axes, odd
+    axes), a refresh decodes all of them, and `FuseUpdate` leaves the leaf alone.
     """
     settings = make_settings(rank, side, refresh_every, power_iterations, seed, where)
     numbers = static_int("queue", queue), static_int("block", block)

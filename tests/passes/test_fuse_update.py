@@ -35,6 +35,7 @@ OPTIMIZERS = {
     "lion": lambda: optax.lion(1e-2, weight_decay=0.1),
     "galore": lambda: memopt.optim.galore(0.1, rank=2, refresh_every=2, weight_decay=0.1, where=is_stack),
     "galore_left": lambda: memopt.optim.galore(0.1, optax.scale_by_lion(), rank=2, side="left", where=is_stack),
+    "dct_low_rank": lambda: memopt.optim.dct_low_rank(0.1, rank=2, refresh_every=2, weight_decay=0.1, where=is_stack),
     "muon": lambda: memopt.optim.muon(1e-2, where=is_stack),
     "per_layer_norm": lambda: optax.chain(optax.scale_by_adam(), optax.scale(-1e-2)),
 }
@@ -200,6 +201,29 @@ def test_encoded_leaves_that_wait_for_each_other_are_fused():
     assert barriers and all(v.aval.shape[:1] != (LAYERS,) for e in barriers for v in e.invars)
     fused = memopt.optimize(step, passes=[Anywhere()])
     assert_close(run(fused, state, batch, 1)[1], run(jax.jit(step), state, batch, 1)[1], 1e-5)
+
+
+@pytest.mark.loose_promotion
+def test_bases_in_four_bits_are_refreshed_layer_by_layer():
+    optimizer = memopt.optim.q_galore(0.1, optax.scale_by_adam(), rank=128, refresh_every=2, where=is_stack)
+    step, (state, batch) = step_with(optimizer), start(optimizer, jnp.float32, width=144)
+    new, moved, left = fuse(flat(step, state, batch))
+    c.check(new)
+    assert (LAYERS, 144, 144) not in stacked_results(new)
+    assert [len(avals) for _, avals in moved] == [2] and not left
+    fused = memopt.optimize(step, passes=[Anywhere()])
+    got, want = run(fused, state, batch, 5), run(jax.jit(step), state, batch, 5)
+    assert_close(got[1], want[1], 1e-5)
+    assert_close(got[0][0], want[0][0], 1e-3)
+
+
+@pytest.mark.loose_promotion
+def test_a_cosine_basis_is_made_for_one_layer_at_a_time(x64):
+    optimizer = OPTIMIZERS["dct_low_rank"]()
+    step, (state, batch) = step_with(optimizer), start(optimizer)
+    new, _, _ = fuse(flat(step, state, batch))
+    read = [v.aval for e in c.open_jaxpr(new).eqns if e.primitive.name == "scan" for v in e.invars]
+    assert not [aval for aval in read if aval.dtype == np.int32 and aval.shape == (LAYERS, WIDTH, 2)]
 
 
 def test_a_step_without_loops_says_so():
