@@ -1,9 +1,9 @@
 """The sharding pass's tariff: what a layout's collectives take, on the links of a mesh.
 
 In: a step's `Flow`, its `Rules` and `Places`, the target. Out: predicted seconds of one step's collectives. Gathers of
-weights, sums over a split contraction (scattered where the result is kept split over the same axes), the traffic of
-lookups and the new parameters' gathers are counted; a resharding that XLA adds on its own account is not. Nothing is
-changed here.
+weights, sums over a split contraction (scattered where the result is kept split over the same axes), gathers of a
+split sequence between the parts of `"tensor"`, the traffic of lookups and the new parameters' gathers are counted; a
+resharding that XLA adds on its own account is not. Nothing is changed here.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def _sent(flow: Flow, rules: Rules, found: Places) -> Iterator[tuple[str, tuple[
     """Yield a kind of collective, the axes that a device sends along, and the bytes that it sends."""
     for body in flow.bodies:
         trips = flow.trips[id(body)]
+        joined: set[tuple[Any, str]] = set()  # operands of this body that were brought together along an axis
         for eqn in body.eqns:
             for position, atom in enumerate(eqn.invars):
                 specs = found.used.get((id(eqn), position))
@@ -60,6 +61,7 @@ def _sent(flow: Flow, rules: Rules, found: Places) -> Iterator[tuple[str, tuple[
                     yield from _gathered(atom, specs[-1], rules, trips)
             if eqn.primitive.name in _fusion.MATMULS:
                 yield from _summed(eqn, rules, found, trips)
+                yield from _joined(eqn, rules, trips, joined)
             elif eqn.primitive.name == "gather" and len(found.made.get(eqn.outvars[0], ())) > 1:
                 axes = rules.layout.batch
                 yield "all-to-all", axes, 2 * _local(eqn.outvars[0], rules.value(eqn.outvars[0]), rules) * trips
@@ -106,12 +108,39 @@ def _summed(eqn: Any, rules: Rules, found: Places, trips: int) -> Iterator[tuple
     for v in filter(is_var, eqn.invars):
         pairs = zip(rules.groups.all_of(v), rules.value(v), strict=True)
         summed |= {axis for group, axes in pairs if group not in own for axis in axes}
+    summed -= {axis for _, axis in _clashes(eqn, rules)}
     spec = tuple(tuple(a for a in axes if a not in summed) for axes in rules.value(out))
-    for axis in sorted(summed):  # where the sequence is split between, the sum is scattered and gathered again
+    for axis in sorted(summed):
         scattered = axis in stored or (axis in rules.layout.gradients and _is_gradient(out, rules))
-        scattered = scattered and axis not in rules.layout.sequence
         size = (1 if scattered else 2) * _local(out, spec, rules) * _share((axis,), rules) * trips
         yield "reduce-scatter" if scattered else "all-reduce", (axis,), size
+
+
+def _joined(
+    eqn: Any, rules: Rules, trips: int, joined: set[tuple[Any, str]]
+) -> Iterator[tuple[str, tuple[str, ...], float]]:
+    """Yield the gathers of a matmul's operands along an axis that splits the matmul otherwise, once in each body.
+
+    Between the parts of `"tensor"` this is the sequence: of what goes into columns, and of cotangents of rows.
+    """
+    for var, axis in _clashes(eqn, rules):
+        if (var, axis) not in joined:
+            joined.add((var, axis))
+            spec = tuple(tuple(a for a in axes if a != axis) for axes in rules.value(var))
+            yield "all-gather", (axis,), _local(var, spec, rules) * _share((axis,), rules) * trips
+
+
+def _clashes(eqn: Any, rules: Rules) -> Iterator[tuple[Any, str]]:
+    """Yield the operands of a matmul whose sequence an axis splits that splits features of the same matmul."""
+
+    def split(var: Any, *, sequence: bool) -> set[str]:
+        pairs = zip(rules.groups.all_of(var), rules.value(var), strict=True)
+        return {axis for group, axes in pairs if (group in rules.sequence_groups) is sequence for axis in axes}
+
+    operands = [v for v in eqn.invars if is_var(v)]
+    features = set().union(*(split(v, sequence=False) for v in (*operands, eqn.outvars[0])))
+    for var in operands:
+        yield from ((var, axis) for axis in sorted(split(var, sequence=True) & features))
 
 
 def _is_gradient(out: Any, rules: Rules) -> bool:

@@ -1,6 +1,8 @@
 """Reading collectives out of a compiled program: loops, and one collective that is written in several pieces."""
 
-from memopt._collectives import collectives, totals
+import pytest
+
+from memopt._collectives import Collective, collectives, totals
 
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
@@ -53,3 +55,12 @@ def test_the_pieces_of_one_collective_are_one():
 def test_what_the_compiler_says_of_a_loop_comes_first():
     told = PROGRAM.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"9"}}')
     assert next(one for one in collectives(told) if one.kind == "collective-permute").times == 9
+
+
+@pytest.mark.tpu_aot
+def test_seconds_go_by_the_links_that_a_group_of_devices_spans():
+    one = Collective("all-gather", "ag", 16 * 10**9, 16, 1)
+    four = Collective("all-gather", "ag", 16 * 10**9, 4, 2)
+    rate = 1e11  # of one side of a v5e's plane
+    assert one.seconds("tpu:v5e:4x4") == pytest.approx(15e9 / (2 * rate))
+    assert four.seconds("tpu:v5e:4x4") == pytest.approx(2 * 12e9 / rate)
