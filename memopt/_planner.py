@@ -111,6 +111,8 @@ def make_ladder(
     scopes: Any = None,
     shardings: Shardings | None = None,
     context: Context | None = None,
+    rewritten: dict[tuple[str, ...], _rewrite.Outcome] | None = None,
+    sketched: bool = False,
 ) -> Ladder:
     """Plan a step.
 
@@ -123,6 +125,8 @@ def make_ladder(
       scopes: unused; marks are read from name stacks.
       shardings: those of the arguments and results, where any is sharded; all figures are then per device.
       context: what passes that rewrite the step may know of it.
+      rewritten: outcomes of rewrites that ladders of one step share (`_rewrite.apply`); filled further.
+      sketched: search for a few plans alone, with all optional rewrites, to compare steps by.
 
     Returns:
       The ladder.
@@ -132,14 +136,17 @@ def make_ladder(
     """
     with _uncollected():
         start = time.perf_counter()
-        build = functools.partial(Step, closed, target, passes, overrides, shardings, context=context, rewritten={})
+        known = {} if rewritten is None else rewritten
+        build = functools.partial(Step, closed, target, passes, overrides, shardings, context=context, rewritten=known)
         step = build()
         start += step.compile_seconds
         plain = _rungs.plain_rung(step, donated)
         if step.survey is None:
             return Ladder([plain], step, time.perf_counter() - start)
-        searches = _best([Search(one, donated, plain) for one in (step, *_without_options(step, build))])
-        rungs = [rung for search in searches for rung in _search_all(search, build, donated, plain)]
+        forms = (step, *(() if sketched else _without_options(step, build)))
+        searches = _best([Search(one, donated, plain) for one in forms])
+        found = (s.sketch() if sketched else _search_all(s, build, donated, plain) for s in searches)
+        rungs = [rung for some in found for rung in some]
         if _rewrite.is_required(passes):
             base = max(rungs, key=lambda r: r.predicted_peak_bytes)
             found = _rungs.hull(dataclasses.replace(base, predicted_peak_bytes=base.predicted_peak_bytes + 1), rungs)

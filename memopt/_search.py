@@ -49,7 +49,7 @@ class Search:
         self.plain = plain
         self.scored: dict[Any, Rung] = {}  # every plan that was built
         self.seen: dict[Any, Rung] = {}  # those that the present technique has come upon
-        self.cache: dict | None = {} if step.local is None else None  # what the timelines of its plans share
+        self.cache: dict = {}  # what the timelines of its plans share
         self.undone_seconds = 0.0
         self.kept = self.score(Choice({}))
         self.undone_seconds = step.baseline_seconds - step.seconds(step.flat if step.asked else self.kept.closed)
@@ -59,6 +59,10 @@ class Search:
         self.given = bool(self.always or step.asked)
         self.late = _late.forms(step)
         self.stores = [s for s in step.stores if not (s.late and step.repeatable)]
+        self.usage = self.kept.usage
+        self.hot = self.usage > _HOT * self.usage.max(initial=0)
+        self.unit = step.baseline_seconds / max(1.0, self.usage.max(initial=0))
+        self.weights = self.hot.astype(float)
 
     def run(self, *, refined: bool = True) -> list[Rung]:
         """Return all plans that were found; without `refined` those of the sweep alone.
@@ -66,10 +70,6 @@ class Search:
         Each technique is searched by itself first, as if its pass were the only one, then all of them together from
         what these searches found: so none alone has a plan that no plan of the mix is as good as.
         """
-        self.usage = self.kept.usage
-        self.hot = self.usage > _HOT * self.usage.max(initial=0)
-        self.unit = self.step.baseline_seconds / max(1.0, self.usage.max(initial=0))
-        self.weights = self.hot.astype(float)
         start, found = dict(self.seen), {}
         for repeatable, stores in self._alone():
             self.seen = dict(start)
@@ -79,6 +79,14 @@ class Search:
         self._look(self.repeatable, self.stores, refined)
         self.repack()
         return list(self.seen.values())
+
+    def sketch(self) -> list[Rung]:
+        """Return a few plans: nothing repeated, and cuts at every second price of the sweep, with nothing stored."""
+        if self.repeatable:
+            self.network = Network(self.survey, self.repeatable, self.hot, self.step.always, ())
+            for price in _SWEEP[::2]:
+                self._at(price * self.unit, self.weights)
+        return list(self.seen.values()) or [self.kept]
 
     def _alone(self) -> list[tuple[dict[int, float], Sequence[Any]]]:
         """Return what each technique may repeat and store, and what those that store may together; none for one alone.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,16 +34,26 @@ def best_ladder(closed: Any, context: Any, passes: Sequence[Any], settings: Any,
       context: what passes may know of it.
       passes: the passes, one of which searches.
       settings: with `budget`, `target` and `reserve_bytes`.
-      make: makes a ladder from `passes=` and `context=`.
-    """
+      make: makes a ladder from `passes=`, `context=`, `rewritten=` and `sketched=`.
 
-    def plan(choice: Any) -> Any:
+    Its planning time is that of the whole search.
+    """
+    start = time.perf_counter()
+    known: dict[Any, dict] = {}  # what may be known of the step -> what other passes made of it before the choice
+
+    def plan(choice: Any, *, sketched: bool) -> Any:
         chosen = _with(passes, choice)
-        return make(passes=chosen, context=context_for(chosen, context))
+        its = context_for(chosen, context)
+        before = known.setdefault(getattr(its, "partitioned", 0), {})
+        rewritten = dict(before)
+        ladder = make(passes=chosen, context=its, rewritten=rewritten, sketched=sketched)
+        before.update((ran, outcome) for ran, outcome in rewritten.items() if choice.name not in ran)
+        return ladder
 
     found = searching(passes).search(closed, context, plan, functools.partial(_limit, settings))
     ladder = next(found)
     ladder.others = found
+    ladder.planning_seconds = time.perf_counter() - start
     return ladder
 
 

@@ -1,8 +1,8 @@
 """The sharding pass's search: which strategy on which mesh shape is quickest among those that fit.
 
 In: a flat step, all devices of a mesh, how a candidate is laid out and planned. Out: `Candidate`s, ranked: each with
-its layout's state bytes and collective seconds, the best few with the ladder that the planner makes of them, so that
-strategy, mesh shape and cut are chosen together. It applies nothing, and compiles nothing.
+its layout's state bytes and collective seconds, the best few with a few plans, the best with the whole ladder that the
+planner makes of it, so that strategy, mesh shape and cut are chosen together. It applies nothing, and compiles nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Candidate:
       state_bytes: bytes of the arguments on one device.
       collective_seconds: predicted seconds of its collectives.
       ladder: the plans of the step under it; None where it was not planned.
+      sketched: whether its ladder holds a few plans alone.
       peak_bytes, seconds: the peak of the quickest plan that fits, and what its repeats and the collectives take.
       fits: whether a plan fits the budget.
       missed: whether its plans were compiled, and were over the budget.
@@ -46,6 +47,7 @@ class Candidate:
     state_bytes: int = 0
     collective_seconds: float = 0.0
     ladder: Any = None
+    sketched: bool = False
     peak_bytes: int | None = None
     seconds: float | None = None
     fits: bool = False
@@ -86,17 +88,18 @@ def candidates(mesh: Mesh) -> Iterator[Candidate]:
 def search(
     mesh: Mesh,
     lay_out: Callable[[Candidate], None],
-    plan: Callable[[Candidate], Any],
+    plan: Callable[[Candidate, bool], Any],
     limit: Callable[[Any], int | None],
 ) -> Iterator[Any]:
     """Yield the ladders of the candidates, the best first, each with rows on all of them.
 
-    Whoever compiles the first one and finds it over the budget takes the next one.
+    Candidates are compared by a few plans of each; the best one is then planned in full. Whoever compiles the first one
+    and finds it over the budget takes the next one.
 
     Args:
       mesh: its devices are used in their order, its axes are not.
       lay_out: fills in a candidate's state bytes and collective seconds; raises `ValueError` where it cannot apply.
-      plan: makes a candidate's ladder.
+      plan: makes a candidate's ladder, of a few plans alone where the second argument says so.
       limit: a ladder, or None -> the budget in bytes, None where there is none.
 
     Raises:
@@ -115,8 +118,9 @@ def search(
     _plan_finalists(able, plan, limit)
     while able:
         best = min(able, key=_rank)
-        if best.ladder is None:
-            _plan(best, plan, limit)
+        while best.ladder is None or best.sketched:
+            _plan(best, plan, limit, sketched=False)
+            best = min(able, key=_rank)
         best.ladder.rows = tuple(_rows(best, found))
         yield best.ladder
         best.missed = True
@@ -136,7 +140,7 @@ def _plan_finalists(able: list[Candidate], plan: Callable, limit: Callable) -> N
     for planned, one in enumerate(able):
         if best is not None and best.fits and (planned >= _FINALISTS or one.collective_seconds >= best.seconds):
             break
-        _plan(one, plan, limit)
+        _plan(one, plan, limit, sketched=True)
         if best is None or _rank(one) < _rank(best):
             best = one
 
@@ -150,8 +154,8 @@ def _rank(one: Candidate) -> tuple:
     return (2, one.collective_seconds, one.state_bytes) if one.applies else (3, 0, 0)
 
 
-def _plan(one: Candidate, plan: Callable[[Candidate], Any], limit: Callable[[Any], int | None]) -> None:
-    one.ladder = plan(one)
+def _plan(one: Candidate, plan: Callable, limit: Callable[[Any], int | None], *, sketched: bool) -> None:
+    one.ladder, one.sketched = plan(one, sketched), sketched
     budget, rungs = limit(one.ladder), one.ladder.rungs[one.ladder.first :]
     within = [r for r in rungs if budget is None or r.predicted_peak_bytes <= budget]
     chosen = min(within, key=lambda r: r.seconds) if within else min(rungs, key=lambda r: r.predicted_peak_bytes)

@@ -138,7 +138,7 @@ class Shard:
         self,
         closed: Any,
         context: Context,
-        plan: Callable[[Shard], Any],
+        plan: Callable[..., Any],
         limit: Callable[[Any], int | None],
     ) -> Iterator[Any]:
         """Yield the ladders of the candidates of `"auto"`, the best first.
@@ -146,7 +146,7 @@ class Shard:
         Args:
           closed: the step as written.
           context: what is known of it.
-          plan: a pass to take the place of this one -> the ladder of the step with it.
+          plan: a pass to take the place of this one, and `sketched=` -> the ladder of the step with it.
           limit: a ladder, or None -> the budget in bytes, None where there is none.
         """
         flat = _inline.inline(closed)
@@ -161,7 +161,10 @@ class Shard:
             one.state_bytes = sum(_bytes(var) // _ways(rules, spec) for var, spec in pairs)
             one.collective_seconds = _shard_cost.collective_seconds(flow, rules, found, context.target)
 
-        return _shard_auto.search(self.mesh, lay_out, lambda one: plan(self._as(one)), limit)
+        def ladder(one: _shard_auto.Candidate, sketched: bool) -> Any:
+            return plan(self._as(one), sketched=sketched)
+
+        return _shard_auto.search(self.mesh, lay_out, ladder, limit)
 
     def saved_in(self, passes: str) -> Shard:
         """Return the candidate that a saved plan names among its passes; this pass itself where it names none."""

@@ -10,7 +10,7 @@ import pytest
 
 import memopt
 from memopt import _compat as c
-from memopt import _inline, _verify
+from memopt import _inline, _planner, _verify
 from memopt._collectives import totals
 from memopt._contract import Context
 from memopt._target import Target
@@ -229,6 +229,20 @@ def test_collectives_between_the_devices_of_each_axis(strategy):
     assert strategy == "zero3+tensor+sequence" or not small
 
 
+@pytest.mark.parametrize("strategy", ["zero3", "tensor", "zero3+tensor+sequence"])
+def test_predicted_collectives_are_near_what_is_compiled(strategy):
+    fn, args = make_step()
+    passes = [Shard(mesh_of(strategy), strategy, least_elements=64)]
+    least = min(point.peak_bytes for point in memopt.optimize(fn, passes=passes).frontier(*args)[1:])
+    budget = least if strategy == "zero3" else None  # gathers of weights are counted as if none is kept
+    step = memopt.optimize(fn, passes=passes, budget=budget, verify=False)
+    kinds = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
+    rows = {d.name: d.value_bytes for d in step.plan(*args).decisions}
+    predicted = sum(rows.get(f"shard/{kind}", 0) for kind in kinds)
+    compiled = sum(one.sent_bytes for one in memopt.collectives(step.lower(*args).compile()))
+    assert predicted == pytest.approx(compiled, rel=0.3)
+
+
 def test_state_per_device_is_a_share_of_the_total():
     fn, args = make_step()
     step = memopt.optimize(fn, passes=[Shard(mesh_of("zero3"), "zero3", least_elements=0)], donate_argnums=0)
@@ -382,6 +396,35 @@ def test_auto_takes_the_quickest_that_fits_and_shows_the_runners_up():
     assert [d.choice for d in rows].count("chosen") == 1 and len(rows) > 3
     sent = [float(d.reason.split()[1]) for d in rows if "collectives" in d.reason]
     assert sent[0] <= min(float(d.reason.split()[1]) for d in rows if "not planned" in d.reason)
+
+
+def test_auto_plans_the_chosen_one_alone_in_full(monkeypatch):
+    fn, args = make_step()
+    real, made = _planner.make_ladder, []
+
+    def make(closed, **settings):
+        made.append((settings["sketched"], len(settings["rewritten"])))
+        return real(closed, **settings)
+
+    monkeypatch.setattr(_planner, "make_ladder", make)
+    passes = [*memopt.passes.default(), Shard(mesh_of("data"), "auto", least_elements=64)]
+    plan = memopt.optimize(fn, passes=passes).plan(*args)
+    sketches = [sketched for sketched, _ in made]
+    assert sketches.count(False) == 1 and not sketches[-1] and len(sketches) > 1
+    assert any(known for _, known in made)  # what kernels made of the step is not made again
+    assert [d.choice for d in plan.decisions if d.name.startswith("shard/auto/")].count("chosen") == 1
+
+
+def test_a_sketch_holds_some_of_the_plans_of_a_ladder():
+    fn, args = make_step()
+    flat, context = flat_of(fn, args)
+    passes = [memopt.passes.Remat(), Shard(mesh_of("zero3"), "zero3", least_elements=64)]
+    donated = [False] * len(c.open_jaxpr(flat).invars)
+    settings = {"donated": donated, "target": context.target, "passes": passes, "context": context}
+    full, sketch = (_planner.make_ladder(flat, sketched=s, **settings) for s in (False, True))
+    assert 1 < len(sketch.rungs) <= len(full.rungs)
+    least = [min(r.predicted_peak_bytes for r in one.rungs[1:]) for one in (full, sketch)]
+    assert least[0] <= least[1] <= 1.2 * least[0]
 
 
 def test_auto_takes_less_memory_where_the_quickest_does_not_fit():
