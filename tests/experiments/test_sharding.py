@@ -1,0 +1,83 @@
+"""Experiments on sharded steps: what they count by themselves, and the rules that they hold "auto" against."""
+
+import types
+
+import _sharded
+import jax
+import numpy as np
+import pytest
+import sharding_devices
+import sharding_rules
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import memopt
+from memopt._collectives import Collective
+
+
+def mesh_of(*shape):
+    names = ("fsdp", "tensor")[: len(shape)]
+    return Mesh(np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape), names)
+
+
+def test_bytes_of_a_state_on_one_device():
+    mesh = mesh_of(4, 2)
+    state = {"w": jax.ShapeDtypeStruct((8, 6), np.float32), "count": jax.ShapeDtypeStruct((), np.int32)}
+    places = {"w": NamedSharding(mesh, PartitionSpec("fsdp", "tensor")), "count": NamedSharding(mesh, PartitionSpec())}
+    assert _sharded.state_bytes(state, places) == (2 * 3 * 4 + 4, 8 * 6 * 4 + 4)
+
+
+@pytest.mark.parametrize("devices, topology", sharding_devices.TOPOLOGIES.items())
+def test_topologies_have_their_devices(devices, topology):
+    assert _sharded.devices_of(f"tpu:v5p:{topology}") == devices
+
+
+def test_what_a_plan_says_of_its_collectives():
+    sent = (("all-gather", 300, "2.5"), ("all-reduce", 100, "1e+03"))
+    rows = [
+        memopt.Decision(f"shard/{kind}", "", "", size, "over data", f"sent in a step, {time} ms, predicted")
+        for kind, size, time in sent
+    ]
+    rows.append(memopt.Decision("shard/gather", "", "", 7, "gather", "brought together"))
+    found = _sharded.predicted_sends(types.SimpleNamespace(decisions=rows))
+    assert found["predicted_sent_bytes"] == 400 and found["predicted_all-gather_bytes"] == 300
+    assert found["predicted_collective_seconds"] == pytest.approx(1.0025)
+
+
+def test_what_a_program_sends_is_summed_by_kind():
+    sent = [Collective("all-gather", "a", 800, 8, 2), Collective("all-reduce", "b", 80, 8, 1)]
+    found = _sharded.compiled_sends(sent, "cpu")
+    assert found["sent_bytes"] == 1400 + 140 and found["all-gather_count"] == 2 and found["all-reduce_bytes"] == 140
+    assert found["collective_seconds"] == pytest.approx(sum(one.seconds("cpu") for one in sent))
+
+
+def test_rules_split_the_embedding_dimension_over_fsdp_and_the_others_over_tensor():
+    step, args, _ = memopt_llama()
+    placed, batch = sharding_rules.placed(*args, mesh_of(4, 2))
+    specs = {jax.tree_util.keystr(path): s.spec for path, s in jax.tree_util.tree_leaves_with_path(placed)}
+    for name, expected in {
+        "['embed']['embedding']": ("tensor", "fsdp"),
+        "['q']['kernel']": (None, "fsdp", "tensor"),
+        "['o']['kernel']": (None, "tensor", "fsdp"),
+        "['down']['kernel']": (None, "tensor", "fsdp"),
+        "['head']['kernel']": ("fsdp", "tensor"),
+    }.items():
+        found = [spec for path, spec in specs.items() if path.endswith(name)]
+        assert len(found) == 3 and set(found) == {PartitionSpec(*expected)}, name  # a weight and two moments
+    assert not any(any(spec) for path, spec in specs.items() if "scale" in path or "count" in path)
+    assert {s.spec for s in jax.tree.leaves(batch)} == {PartitionSpec("fsdp")}
+
+
+def memopt_llama():
+    from memopt.models.steps import reference_step
+
+    return reference_step("llama_1b", tiny=True, batch=8)
+
+
+def test_the_verdict_names_the_rules_that_are_better():
+    auto = {"fits": True, "peak_bytes": 10, "collective_seconds": 2.0}
+    good = {"mesh": "a", "fits": True, "peak_bytes": 10, "collective_seconds": 2.0}
+    small, quick = good | {"mesh": "b", "peak_bytes": 9}, good | {"mesh": "c", "collective_seconds": 1.0}
+    over = {"mesh": "d", "fits": False}
+    assert sharding_rules.verdict(auto, [good, over]) == "no more than any of them"
+    assert sharding_rules.verdict(auto, [good, small, quick]) == "more than by hand on b; c"
+    assert sharding_rules.verdict({"fits": False}, [good]).endswith("a")
