@@ -1,10 +1,11 @@
 """The early riser: what is known before a backward loop is finished before it.
 
 In: a flat closed jaxpr. Out: an equal one, in which each loop that reads another loop's results starts behind a barrier
-with the step's results that it has no part in (a head's update, say), and with matmuls whose result is smaller than the
-operands that die with it. XLA's scheduler may otherwise run such a matmul after the loop, fused with its update, and
-hold its operands (the gradient of the logits, two matrices of tokens times vocabulary) until then. It changes no value,
-repeats nothing, moves no effect, and looks at the top level alone.
+with the step's results that it has no part in (a head's update; a loss that is made of logits), and with matmuls whose
+result is smaller than the operands that die with it. XLA's scheduler may otherwise run such a matmul after the loop,
+fused with its update, and hold its operands (the gradient of the logits, two matrices of tokens times vocabulary) until
+then, or the logits for one gather that only the loss reads (Llama 1B: 501 MiB through the whole backward loop). It
+changes no value, repeats nothing, moves no effect, and looks at the top level alone.
 """
 
 from __future__ import annotations
@@ -79,7 +80,13 @@ class _Order:
         made = self.maker.get(v)
         if made is None or made in before or made in after:
             return False
-        return c.guardable(v) and aval_bytes(v.aval) >= LEAST_BYTES
+        return c.guardable(v) and (aval_bytes(v.aval) >= LEAST_BYTES or self._ends_large(v, before, after))
+
+    def _ends_large(self, v: Any, before: set[int], after: set[int]) -> bool:
+        """Whether a small result, a loss, is made of something large that the loop does not need."""
+        made = self._ancestors([v]) - before
+        read = {x for i in made for x in _variables(self.eqns[i].invars) if x in self.maker}
+        return made.isdisjoint(after) and any(aval_bytes(x.aval) >= LEAST_BYTES for x in read)
 
     def _small(self, i: int, at: int, moved: set[int]) -> tuple[Any, set[int]] | None:
         """Return a matmul's result that dies after the loop and is smaller than what dies with the matmul.

@@ -75,6 +75,20 @@ def test_an_update_that_needs_no_loop_comes_before_it():
     assert "sub" in [makers[v] for v in barrier.invars]
 
 
+def test_a_loss_that_reads_logits_comes_before_the_loop():
+    def cross_entropy(weights, x):
+        x = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights["blocks"])[0]
+        logits = x @ weights["head"]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - logits[:, 0])
+
+    closed = flat(jax.value_and_grad(cross_entropy))
+    new = c.open_jaxpr(_eager.eager(closed))
+    at = [i for i, eqn in enumerate(new.eqns) if eqn.primitive.name == "scan"][-1]
+    assert new.outvars[0].aval.shape == () and new.outvars[0] in new.eqns[at - 1].outvars
+    for got, want in zip(run(_eager.eager(closed)), run(closed), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-8)
+
+
 def test_a_gradient_that_waits_for_a_norm_is_still_made_before_the_loop():
     new = c.open_jaxpr(_eager.eager(flat(clipped)))
     at = [i for i, eqn in enumerate(new.eqns) if eqn.primitive.name == "scan"][-1]
