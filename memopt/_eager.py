@@ -80,13 +80,12 @@ class _Order:
         made = self.maker.get(v)
         if made is None or made in before or made in after:
             return False
-        return c.guardable(v) and (aval_bytes(v.aval) >= LEAST_BYTES or self._ends_large(v, before, after))
+        return c.guardable(v) and (aval_bytes(v.aval) >= LEAST_BYTES or self._ends_large(v, before))
 
-    def _ends_large(self, v: Any, before: set[int], after: set[int]) -> bool:
+    def _ends_large(self, v: Any, before: set[int]) -> bool:
         """Whether a small result, a loss, is made of something large that the loop does not need."""
-        made = self._ancestors([v]) - before
-        read = {x for i in made for x in _variables(self.eqns[i].invars) if x in self.maker}
-        return made.isdisjoint(after) and any(aval_bytes(x.aval) >= LEAST_BYTES for x in read)
+        read = (x for i in self._ancestors([v]) - before for x in _variables(self.eqns[i].invars))
+        return any(x in self.maker and aval_bytes(x.aval) >= LEAST_BYTES for x in read)
 
     def _small(self, i: int, at: int, moved: set[int]) -> tuple[Any, set[int]] | None:
         """Return a matmul's result that dies after the loop and is smaller than what dies with the matmul.

@@ -168,14 +168,16 @@ def attention_again(keeps, known, q, k, v, g):
 
 @pytest.mark.tpu_aot
 @pytest.mark.loose_promotion
-@pytest.mark.parametrize("keeps", [False, True])
-@pytest.mark.parametrize("known", [False, True])
-def test_a_softmax_whose_maximum_is_read_again_is_not_stored_wide_on_a_tpu(keeps, known):
+@pytest.mark.parametrize(
+    "keeps, known, most", [(False, False, 1.2), (False, True, 1.2), (True, False, 1.21), (True, True, 1.2)]
+)
+def test_what_a_softmax_that_runs_again_holds_on_a_tpu(keeps, known, most):
+    """`x - max` in float32 only where nothing else reads the maximum: with known statistics, nowhere."""
     step = functools.partial(attention_again, keeps, known)
     shapes = (jax.ShapeDtypeStruct((96, 1024, 64), jnp.bfloat16),) * 4
     found = simulate(jax.make_jaxpr(step)(*shapes), target="tpu:v5e")
     compiled = memopt.measure(step, *shapes, target="tpu:v5e")
-    assert 0.95 * compiled.temp_bytes <= found.temp_bytes <= 1.25 * compiled.temp_bytes
+    assert 0.95 * compiled.temp_bytes <= found.temp_bytes <= most * compiled.temp_bytes
 
 
 @pytest.mark.tpu_aot
