@@ -41,9 +41,9 @@ def matmul_flops(program: Any) -> float:
 
     Loops are multiplied out: a `scan` by its length, a `pallas_call` by its grid. A `while` counts one trip, as its
     number is not known from the program, but inside a kernel that states its FLOPs (`cost_estimate`) as many as these
-    ask for. A `cond` counts its dearest branch. The body of a `shard_map` counts as one
-    device sees it. Positions of a convolution that fall on padding or into the holes of a dilation are not counted,
-    as in XLA's own cost analysis.
+    ask for. A `cond` counts its dearest branch; in a kernel that states fewer FLOPs than that, these count. The body
+    of a `shard_map` counts as one device sees it. Positions of a convolution that fall on padding or into the holes of
+    a dilation are not counted, as in XLA's own cost analysis.
 
     Args:
         program: a jaxpr, closed or open, or one equation.
@@ -152,12 +152,17 @@ def _trips(eqn: core.JaxprEqn) -> float:
 
 
 def _inner_trips(eqn: core.JaxprEqn) -> float:
-    """Return how often the `while` loops of a kernel run, by the FLOPs that it states itself; 1 where it does not."""
+    """Return how often a kernel's body runs on each step of its grid, by the FLOPs that it states; 1 where it does not.
+
+    More than once where it loops (`while`); less than once where branches (`cond`) are cheaper than the dearest.
+    """
     stated, body = eqn.params.get("cost_estimate"), _open(eqn.params["jaxpr"])
-    if stated is None or not any(inner.primitive.name == "while" for inner in body.eqns):
+    names = {inner.primitive.name for inner in body.eqns}
+    if stated is None or not names & {"while", "cond"}:
         return 1
     steps = math.prod(size for size in eqn.params["grid_mapping"].grid if isinstance(size, int))
-    return max(1.0, stated.flops / max(1.0, steps * _jaxpr_flops(body)))
+    share = stated.flops / max(1.0, steps * _jaxpr_flops(body))
+    return max(1.0, share) if "while" in names else min(1.0, share)
 
 
 # Seconds

@@ -82,6 +82,7 @@ class Extras(NamedTuple):
 
 
 WHOLE, PARTIAL, HIDDEN = 0, 1, 2  # kinds of blocks: no pair is hidden by the settings, some may be, all are
+CUT = 3  # and from here up: as PARTIAL, at the first, second, ... of a few distances from the diagonal
 
 
 class Visits(NamedTuple):
@@ -134,6 +135,42 @@ def visits(spec: Spec, queries: int, keys: int, block_q: int, block_k: int) -> V
     some[0, missing_columns] = True
     rows, columns = np.nonzero(some)
     return Visits(*(x.astype(np.int32) for x in (rows, columns, kinds[rows, columns])))
+
+
+def distances(spec: Spec, walk: Visits, block_q: int, block_k: int, most: int = 4) -> tuple[int, ...]:
+    """Return how far the blocks that `causal` or `window` cut lie from the diagonal: first column less first row.
+
+    Each is a kind of its own (`CUT`), since which parts of such a block are hidden is known before it runs. Where there
+    are more than `most` of them, or none, the answer is empty.
+
+    Example:
+        >>> spec = Spec(scale=1.0, causal=True)
+        >>> distances(spec, visits(spec, 8, 8, 2, 4), 2, 4)
+        (-2, 0)
+    """
+    cut = walk.kinds == PARTIAL
+    found = np.unique(walk.columns[cut] * block_k - walk.rows[cut] * block_q)
+    return tuple(found.tolist()) if _bounds(spec) and found.size <= most else ()
+
+
+def shown_rows(spec: Spec, distance: int, size: int, first: int, last: int) -> tuple[int, int]:
+    """Return the rows, from and to, that may see columns `first` to `last` of a block at a distance from the diagonal.
+
+    Args:
+        spec: the settings.
+        distance: first column of the block less its first row.
+        size: rows of the block.
+        first, last: columns, counted from the block's first.
+
+    Example:
+        >>> shown_rows(Spec(scale=1.0, causal=True), 0, 512, 128, 255)
+        (128, 512)
+    """
+    low, high = 0, size
+    for left, right in _bounds(spec):
+        low = low if right is None else max(low, first + distance - right)
+        high = high if left is None else min(high, last + distance + left + 1)
+    return min(low, size), max(high, 0)
 
 
 def _bounds(spec: Spec) -> list[tuple[int | None, int | None]]:

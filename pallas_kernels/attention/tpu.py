@@ -3,46 +3,40 @@
 In: q, k, v and the settings. Out: the output and the log-sum-exp of each row. Tiles of scores are held as keys x
 queries: maxima and sums then run over sublanes, the statistics of a row are lanes that broadcast for free, and no tile
 is ever transposed for a matmul. The grid walks a list of blocks that hold an allowed pair (`spec.visits`, prefetched
-as scalars), so hidden blocks cost nothing, and blocks with no hidden pair skip the masks. No fallback stands here.
+as scalars), so hidden blocks cost nothing, and blocks with no hidden pair skip the masks; of a block that the diagonal
+or the edge of a window cuts, the keys are taken in parts, each with the queries that see it. No fallback stands here.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from . import tiles
-from .spec import HIDDEN, LOWEST, PARTIAL, WHOLE, Extras, Spec, Visits, visits
+from .spec import LOWEST, Extras, Spec, visits
+from .tpu_parts import (
+    FIRST,
+    KEYS_AT_ONCE,
+    LANES,
+    LAST,
+    Kind,
+    Layout,
+    Part,
+    cost,
+    counted,
+    flags_of,
+    for_each_kind,
+    kinds,
+    parts,
+)
 
-LANES = 128
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
-FIRST, LAST = 1, 2  # bits of a visit: it opens or closes an output block; two bits for its kind, head bits above
-KIND_SHIFT, HEAD_SHIFT = 2, 4
 VMEM_BYTES = 100 * 2**20  # what a kernel may take of the 128 MiB of v5e, v5p and v6e
-
-
-class Layout(NamedTuple):
-    """Shapes of one call: lengths are padded to whole blocks, operands are `[batch, heads, length, head_dim]`."""
-
-    batch: int
-    heads: int
-    kv_heads: int
-    queries: int  # without padding
-    keys: int
-    block_q: int
-    block_k: int
-
-    @property
-    def group(self) -> int:
-        """Query heads that share one key head."""
-        return self.heads // self.kv_heads
 
 
 def block_sizes(queries: int, keys: int, head_dim: int, spec: Spec, device: str = "tpu") -> tuple[int, int]:
@@ -59,11 +53,11 @@ def block_sizes(queries: int, keys: int, head_dim: int, spec: Spec, device: str 
 
     Example:
         >>> block_sizes(1000, 4096, 64, Spec(scale=1.0))
-        (512, 512)
+        (1024, 1024)
     """
     if spec.blocks:
         return spec.blocks[0], spec.blocks[0]
-    limit = 512 if head_dim <= 256 else 256
+    limit = 1024 if head_dim <= 128 else 512
     return tuple(min(limit, -(-length // LANES) * LANES) for length in (queries, keys))
 
 
@@ -116,19 +110,25 @@ def forward(
         ],
     )
     call = pl.pallas_call(
-        functools.partial(_kernel, spec, lay, names, branches(walk, names)),
+        functools.partial(_kernel, spec, lay, names, kinds(spec, lay, walk, names)),
         grid_spec=grid,
         out_shape=shapes,
         compiler_params=compiler_params(),
+        cost_estimate=cost(
+            lay,
+            q.shape[3] + v.shape[3],
+            [(n, parts(spec, lay, kind, KEYS_AT_ONCE)) for kind, n in counted(spec, lay, walk, names)],
+            (q, k, v, *operands, *shapes),
+        ),
         interpret=interpret,
         name="memopt_attention_forward",
     )
-    flags = flags_of(walk, walk.rows, lay, names)
+    flags = flags_of(spec, walk, walk.rows, lay, names)
     out, lse = call(jnp.asarray(walk.rows), jnp.asarray(walk.columns), jnp.asarray(flags), q, k, v, *operands)
     return out[:, :, : lay.queries].swapaxes(1, 2), lse[..., : lay.queries]
 
 
-def _kernel(spec: Spec, lay: Layout, names, kinds, rows_ref, columns_ref, flags_ref, q_ref, k_ref, v_ref, *refs):
+def _kernel(spec: Spec, lay: Layout, names, shown, rows_ref, columns_ref, flags_ref, q_ref, k_ref, v_ref, *refs):
     extra_refs, (out_ref, lse_ref, top_ref, total_ref, acc_ref) = refs[: len(names)], refs[len(names) :]
     step, head = pl.program_id(2), pl.program_id(0) * lay.heads + pl.program_id(1)
     flags = flags_ref[step]
@@ -139,13 +139,21 @@ def _kernel(spec: Spec, lay: Layout, names, kinds, rows_ref, columns_ref, flags_
         total_ref[...] = jnp.zeros_like(total_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    def update(partial: bool):
-        tile = Tile(spec, lay, dict(zip(names, extra_refs, strict=True)), rows_ref[step], columns_ref[step])
-        scores, _ = tile.scores(q_ref[0, 0], k_ref[0, 0], partial)
-        factors = tile.factors(head)
-        _accumulate(spec, scores, factors, v_ref[0, 0], top_ref, total_ref, acc_ref)
+    def scored(kind: Kind, part: Part):
+        extra = dict(zip(names, extra_refs, strict=True))
+        tile = Tile(spec, lay, extra, rows_ref[step], columns_ref[step], part)
+        return tile, tile.scores(q_ref[0, 0, part.queries], k_ref[0, 0, part.keys], kind.masked)[0]
 
-    for_each_kind(kinds, flags, update)
+    def update(kind: Kind):
+        taken = parts(spec, lay, kind, KEYS_AT_ONCE)
+        made = [scored(kind, part) for part in taken[:1]]
+        for place, part in enumerate(taken):
+            made += [scored(kind, one) for one in taken[place + 1 : place + 2]]  # runs beside this part's exponentials
+            tile, scores = made[place]
+            running = (ref.at[:, part.queries] for ref in (top_ref, total_ref, acc_ref))
+            _accumulate(spec, scores, tile.factors(head), v_ref[0, 0, part.keys], *running)
+
+    for_each_kind(shown, flags, update)
 
     @pl.when(flags & LAST != 0)
     def _():
@@ -179,32 +187,39 @@ def _accumulate(spec: Spec, scores, factors, v, top_ref, total_ref, acc_ref):
 
 
 class Tile:
-    """One tile of scores, keys x queries, as the kernels see it: its position and what hides pairs of it."""
+    """A part of a tile of scores, keys x queries, as the kernels see it: its position and what hides pairs of it."""
 
-    def __init__(self, spec: Spec, lay: Layout, refs: dict, row, column):
-        self.spec, self.lay, self.refs = spec, lay, refs
-        shape = (lay.block_k, lay.block_q)
-        self.rows = row * lay.block_q + lax.broadcasted_iota(jnp.int32, shape, 1)
-        self.columns = column * lay.block_k + lax.broadcasted_iota(jnp.int32, shape, 0)
+    def __init__(self, spec: Spec, lay: Layout, refs: dict, row, column, part: Part):
+        self.spec, self.lay, self.refs, self.part = spec, lay, refs, part
+        shape = (part.keys.stop - part.keys.start, part.queries.stop - part.queries.start)
+        self.rows = row * lay.block_q + part.queries.start + lax.broadcasted_iota(jnp.int32, shape, 1)
+        self.columns = column * lay.block_k + part.keys.start + lax.broadcasted_iota(jnp.int32, shape, 0)
 
-    def scores(self, q, k, partial: bool):
+    def scores(self, q, k, masked: bool):
         """Return the masked scores in units of log 2, and the derivative of the cap or None."""
         scores, slope = tiles.capped(self.spec, dot(k, q, 1, 1))
         if "bias" in self.refs:
-            scores = scores + _transposed(self.refs["bias"][0, 0].astype(jnp.float32))
+            scores = scores + self._plane("bias")
         if "slopes" in self.refs:
             scores = scores + self.refs["slopes"][0][:, :1] * (self.columns - self.rows).astype(jnp.float32)
-        return tiles.hide(scores * LOG2E, self._keep() if partial else None), slope
+        return tiles.hide(scores * LOG2E, self._keep() if masked else None), slope
+
+    def _plane(self, name: str):
+        """Return this part of a `[queries, keys]` operand, either of which may be 1, as keys x queries in float32."""
+        ref = self.refs[name]
+        rows, columns = (one if size > 1 else slice(0, 1) for one, size in zip(self.part, ref.shape[2:], strict=True))
+        return _transposed(ref[0, 0, rows, columns].astype(jnp.float32))
 
     def _keep(self):
         keep = tiles.allowed(self.spec, self.rows, self.columns)
         if self.lay.keys % self.lay.block_k:
             keep = tiles.both(keep, self.columns < self.lay.keys)
         if "q_segments" in self.refs:
-            same = self.refs["q_segments"][0] == _transposed(self.refs["kv_segments"][0])
+            queries = self.refs["q_segments"][0, :, self.part.queries]
+            same = queries == _transposed(self.refs["kv_segments"][0, :, self.part.keys])
             keep = tiles.both(keep, same)
         if "mask" in self.refs:
-            keep = tiles.both(keep, _transposed(self.refs["mask"][0, 0].astype(jnp.float32)) != 0)
+            keep = tiles.both(keep, self._plane("mask") != 0)
         return keep
 
     def factors(self, head):
@@ -230,42 +245,6 @@ def dot(a, b, a_axis: int, b_axis: int):
     return lax.dot_general(
         a, b, (((a_axis,), (b_axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
-
-
-# The list of blocks.
-
-
-def flags_of(walk: Visits, major: np.ndarray, lay: Layout, names: tuple[str, ...]) -> np.ndarray:
-    """Return the bits of each visit, where `major` numbers the output block that a visit adds to."""
-    first = np.concatenate([[True], major[1:] != major[:-1]])
-    last = np.concatenate([first[1:], [True]])
-    return (first * FIRST + last * LAST + (_kinds(walk, names) << KIND_SHIFT)).astype(np.int32)
-
-
-def _kinds(walk: Visits, names: tuple[str, ...]) -> np.ndarray:
-    dynamic = "mask" in names or "q_segments" in names
-    return np.where(walk.kinds == WHOLE, PARTIAL, walk.kinds) if dynamic else walk.kinds
-
-
-def branches(walk: Visits, names: tuple[str, ...]) -> tuple[int, ...]:
-    """Return which kinds of blocks there are."""
-    return tuple(sorted(set(_kinds(walk, names).tolist())))
-
-
-def for_each_kind(kinds: tuple[int, ...], flags, update) -> None:
-    """Trace `update(partial)` for the kinds of blocks there are, and run that of this visit; skip hidden ones.
-
-    The kinds are branches of one `cond`, so that whoever counts the work of the body sees that only one of them runs.
-    """
-    kind = (flags >> KIND_SHIFT) & 3
-    shown = [functools.partial(update, one == PARTIAL) for one in kinds if one != HIDDEN]
-    if not shown:
-        return
-    run = shown[0] if len(shown) == 1 else lambda: lax.cond(kind == WHOLE, *shown)
-    if HIDDEN in kinds:
-        pl.when(kind != HIDDEN)(run)
-    else:
-        run()
 
 
 # Operands.

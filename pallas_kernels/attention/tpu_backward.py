@@ -7,6 +7,8 @@ keys x queries, as in `tpu`, whose pieces these kernels are built from; the scor
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +19,29 @@ from jax.experimental.pallas import tpu as pltpu
 from . import tiles
 from .spec import Extras, Spec, Visits, visits
 from .tpu import (
-    FIRST,
-    HEAD_SHIFT,
-    LAST,
     LOG2E,
     Layout,
     Tile,
     block_sizes,
-    branches,
     by_heads,
     compiler_params,
     dot,
     extra_operands,
+    layout,
+)
+from .tpu_parts import (
+    FIRST,
+    HEAD_SHIFT,
+    KEYS_AT_ONCE,
+    LAST,
+    Kind,
+    Part,
+    cost,
+    counted,
     flags_of,
     for_each_kind,
-    layout,
+    kinds,
+    parts,
 )
 
 HELD_BYTES = 32 * 2**20  # the float32 gradient of a group's queries that one kernel holds in VMEM
@@ -103,18 +113,19 @@ def _query_gradient(spec: Spec, lay: Layout, walk: Visits, operands, bias, extra
         scratch_shapes=[pltpu.VMEM((q.shape[3], lay.block_q), jnp.float32)],
     )
     call = pl.pallas_call(
-        functools.partial(_query_kernel, spec, lay, names, branches(walk, names)),
+        functools.partial(_query_kernel, spec, lay, names, kinds(spec, lay, walk, names)),
         grid_spec=grid,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=compiler_params(),
+        cost_estimate=_cost(spec, lay, walk, names, 2 * q.shape[3] + v.shape[3], (*operands, *extra, q)),
         interpret=interpret,
         name="memopt_attention_dq",
     )
-    flags = flags_of(walk, walk.rows, lay, names)
+    flags = flags_of(spec, walk, walk.rows, lay, names)
     return call(jnp.asarray(walk.rows), jnp.asarray(walk.columns), jnp.asarray(flags), *operands, *extra)
 
 
-def _query_kernel(spec: Spec, lay: Layout, names, kinds, rows_ref, columns_ref, flags_ref, *refs):
+def _query_kernel(spec: Spec, lay: Layout, names, shown, rows_ref, columns_ref, flags_ref, *refs):
     ins, extra_refs, (dq_ref, acc_ref) = refs[:6], refs[6:-2], refs[-2:]
     step, head = pl.program_id(2), pl.program_id(0) * lay.heads + pl.program_id(1)
     flags = flags_ref[step]
@@ -123,13 +134,15 @@ def _query_kernel(spec: Spec, lay: Layout, names, kinds, rows_ref, columns_ref, 
     def _():
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    def update(partial: bool):
-        tile = Tile(spec, lay, dict(zip(names, extra_refs, strict=True)), rows_ref[step], columns_ref[step])
-        _, ds = _gradients(spec, tile, head, ins, partial)
-        k = ins[1][0, 0]
-        acc_ref[...] += dot(k, ds.astype(k.dtype), 0, 0)
+    def update(kind: Kind):
+        extra = dict(zip(names, extra_refs, strict=True))
+        for part in _parts(spec, lay, kind):
+            tile = Tile(spec, lay, extra, rows_ref[step], columns_ref[step], part)
+            _, ds = _gradients(spec, tile, head, ins, kind.masked)
+            k = ins[1][0, 0, part.keys]
+            acc_ref[:, part.queries] += dot(k, ds.astype(k.dtype), 0, 0)
 
-    for_each_kind(kinds, flags, update)
+    for_each_kind(shown, flags, update)
 
     @pl.when(flags & LAST != 0)
     def _():
@@ -140,7 +153,7 @@ def _key_gradients(
     spec: Spec, lay: Layout, walk: Visits, operands, bias, extras: Extras, interpret: bool, with_queries: bool = False
 ):
     q, k, v = operands[:3]
-    walk, member = _for_group(walk, lay.group)
+    ungrouped, (walk, member) = walk, _for_group(walk, lay.group)
 
     # The head within its group shares the third prefetched list with the flags: bits from HEAD_SHIFT up.
     def head(b, h, t, f):
@@ -159,7 +172,7 @@ def _key_gradients(
     k_spec, v_spec = (
         pl.BlockSpec((1, 1, lay.block_k, x.shape[3]), lambda b, h, t, i, j, *_: (b, h, j[t], 0)) for x in (k, v)
     )
-    flags = flags_of(walk, walk.columns, lay, names) + (member << HEAD_SHIFT)
+    flags = flags_of(spec, walk, walk.columns, lay, names) + (member << HEAD_SHIFT)
     lists = [walk.rows, walk.columns, flags]
     out_specs, scratch = [k_spec, v_spec], [(lay.block_k, k.shape[3]), (lay.block_k, v.shape[3])]
     out_shape = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)]
@@ -186,11 +199,13 @@ def _key_gradients(
         out_specs=out_specs,
         scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
     )
+    width = (3 if with_queries else 2) * q.shape[3] + 2 * v.shape[3]
     call = pl.pallas_call(
-        functools.partial(_key_kernel, spec, lay, names, branches(walk, names), len(lists)),
+        functools.partial(_key_kernel, spec, lay, names, kinds(spec, lay, walk, names), len(lists)),
         grid_spec=grid,
         out_shape=tuple(out_shape),
         compiler_params=compiler_params(),
+        cost_estimate=_cost(spec, lay, ungrouped, names, width, (*operands, *extra, *out_shape)),
         interpret=interpret,
         name="memopt_attention_gradients" if with_queries else "memopt_attention_dkv",
     )
@@ -230,7 +245,7 @@ def _regrouped(block, head):
     return pl.BlockSpec(block.block_shape, lambda b, h, t, i, j, f, *_: index(b, head(b, h, t, f), t, i, j, f))
 
 
-def _key_kernel(spec: Spec, lay: Layout, names, kinds, lists: int, rows_ref, columns_ref, flags_ref, *refs):
+def _key_kernel(spec: Spec, lay: Layout, names, shown, lists: int, rows_ref, columns_ref, flags_ref, *refs):
     ends_ref = refs[0] if lists == 4 else None
     refs = refs[lists - 3 :]
     ins, extra_refs, outs = refs[:6], refs[6 : 6 + len(names)], refs[6 + len(names) :]
@@ -252,16 +267,18 @@ def _key_kernel(spec: Spec, lay: Layout, names, kinds, lists: int, rows_ref, col
         def _():
             dq_acc[held] = jnp.zeros(dq_acc.shape[1:], dq_acc.dtype)
 
-    def update(partial: bool):
-        tile = Tile(spec, lay, dict(zip(names, extra_refs, strict=True)), row, columns_ref[step])
-        weights, ds = _gradients(spec, tile, head, ins, partial)
-        q, k, cotangent = ins[0][0, 0], ins[1][0, 0], ins[3][0, 0]
-        dv_acc[...] += dot(weights.astype(cotangent.dtype), cotangent, 1, 0)
-        dk_acc[...] += dot(ds.astype(q.dtype), q, 1, 0)
-        if dq_acc is not None:
-            dq_acc[held] += dot(k, ds.astype(k.dtype), 0, 0)
+    def update(kind: Kind):
+        extra = dict(zip(names, extra_refs, strict=True))
+        for part in _parts(spec, lay, kind):
+            tile = Tile(spec, lay, extra, row, columns_ref[step], part)
+            weights, ds = _gradients(spec, tile, head, ins, kind.masked)
+            q, k, cotangent = ins[0][0, 0, part.queries], ins[1][0, 0, part.keys], ins[3][0, 0, part.queries]
+            dv_acc[part.keys] += dot(weights.astype(cotangent.dtype), cotangent, 1, 0)
+            dk_acc[part.keys] += dot(ds.astype(q.dtype), q, 1, 0)
+            if dq_acc is not None:
+                dq_acc[held, :, part.queries] += dot(k, ds.astype(k.dtype), 0, 0)
 
-    for_each_kind(kinds, flags, update)
+    for_each_kind(shown, flags, update)
 
     @pl.when(flags & LAST != 0)
     def _():
@@ -275,11 +292,24 @@ def _key_kernel(spec: Spec, lay: Layout, names, kinds, lists: int, rows_ref, col
             dq_ref[0, 0] = (dq_acc[held] * spec.scale).T.astype(dq_ref.dtype)
 
 
-def _gradients(spec: Spec, tile: Tile, head, ins, partial: bool):
+def _parts(spec: Spec, lay: Layout, kind: Kind) -> list[Part]:
+    """Return the parts of a block: many where some of it is hidden; else few, whose matmuls are longer."""
+    return parts(spec, lay, kind, KEYS_AT_ONCE if kind.distance is not None else 4 * KEYS_AT_ONCE)
+
+
+def _cost(
+    spec: Spec, lay: Layout, walk: Visits, names: tuple[str, ...], width: int, arrays: Sequence[Any]
+) -> pl.CostEstimate:
+    """Return what a kernel costs: `width` is the sum of the head sizes over the products of a tile."""
+    return cost(lay, width, [(n, _parts(spec, lay, kind)) for kind, n in counted(spec, lay, walk, names)], arrays)
+
+
+def _gradients(spec: Spec, tile: Tile, head, ins, masked: bool):
     """Return the weights after dropout and the gradient of the unscaled scores, both keys x queries, float32."""
-    q, k, v, cotangent = (ref[0, 0] for ref in ins[:4])
-    lse, delta = ins[4][0, 0], ins[5][0, 0]
-    scores, slope = tile.scores(q, k, partial)
+    queries, keys = tile.part
+    q, k, v, cotangent = (ref[0, 0, at] for ref, at in zip(ins[:4], (queries, keys, keys, queries), strict=True))
+    lse, delta = ins[4][0, 0, :, queries], ins[5][0, 0, :, queries]
+    scores, slope = tile.scores(q, k, masked)
     dweights = dot(v, cotangent, 1, 1)
     factors = tile.factors(head)
     if factors is not None:

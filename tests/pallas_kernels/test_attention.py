@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_policies
 import memopt
 from memopt.pallas_kernels import attention
 from memopt.pallas_kernels.attention import spec as specs
-from memopt.pallas_kernels.attention import tpu_backward
+from memopt.pallas_kernels.attention import tpu_backward, tpu_parts
 from tests.pallas_kernels.attention_cases import CASES, ERRORS, Case, operands
 
 FORMS = ("lean", "tpu", "gpu")
@@ -66,6 +66,69 @@ def test_two_backward_kernels_equal_the_reference_where_one_cannot_hold_the_quer
     monkeypatch.setattr(tpu_backward, "HELD_BYTES", 0)
     jax.clear_caches()
     _assert_close(next(case for case in CASES if case.name == name), "float32", "tpu")
+
+
+CUT = {
+    "causal": ((1, 600, 600, 2, 1, 64, 64), {"is_causal": True}, (256, 512)),
+    "later queries": ((1, 300, 600, 1, 1, 64, 64), {"is_causal": True, "causal_offset": 300}, (256, 256)),
+    "window": ((1, 600, 600, 1, 1, 64, 64), {"local_window_size": (300, 100)}, (512, 256)),
+    "segments": (
+        (1, 384, 384, 1, 1, 64, 64),
+        {"q_segment_ids": np.arange(384)[None] // 200, "is_causal": True},
+        (384, 384),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize("held", [True, False], ids=["one backward kernel", "two"])
+def test_blocks_that_the_diagonal_or_a_window_cuts_are_taken_in_parts(name, held, monkeypatch):
+    if not held:
+        monkeypatch.setattr(tpu_backward, "HELD_BYTES", 0)
+        jax.clear_caches()
+    shape, settings, blocks = CUT[name]
+    _assert_close(Case(name, shape, settings), "float32", "tpu", blocks)
+
+
+@pytest.mark.parametrize("blocks", [(128, 128), (256, 512), (512, 256), (384, 640)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"causal": True},
+        {"causal": True, "offset": -200},
+        {"causal": True, "offset": 77, "window": (150, None)},
+        {"window": (40, 10)},
+        {"window": (700, 300)},
+        {},
+    ],
+    ids=str,
+)
+def test_parts_of_a_block_hold_every_allowed_pair_once(settings, blocks):
+    spec, queries, keys = specs.Spec(scale=1.0, **settings), 1300, 1100
+    lay = tpu_parts.Layout(1, 1, 1, queries, keys, *blocks)
+    walk = specs.visits(spec, queries, keys, *blocks)
+    kinds = {kind.number: kind for kind in tpu_parts.kinds(spec, lay, walk, ())}
+    numbers = (tpu_parts.flags_of(spec, walk, walk.rows, lay, ()) >> tpu_parts.KIND_SHIFT) & tpu_parts.KIND_BITS
+    row, column = np.arange(queries)[:, None], np.arange(keys)[None]
+    allowed = np.ones((queries, keys), bool)
+    for left, right in specs._bounds(spec):
+        allowed &= True if right is None else column - row <= right
+        allowed &= True if left is None else column - row >= -left
+    computed = np.zeros((queries + blocks[0], keys + blocks[1]), int)
+    for i, j, number in zip(walk.rows, walk.columns, numbers, strict=True):
+        if number == specs.HIDDEN:
+            continue
+        for q, k in tpu_parts.parts(spec, lay, kinds[number], 128):
+            rows = slice(i * blocks[0] + q.start, i * blocks[0] + q.stop)
+            columns = slice(j * blocks[1] + k.start, j * blocks[1] + k.stop)
+            computed[rows, columns] += 1
+            if not kinds[number].masked:
+                assert allowed[rows, columns].all() and rows.stop <= queries + blocks[0] and columns.stop <= keys
+    computed = computed[:queries, :keys]
+    assert computed.max() == 1 and computed[allowed].all()
+    cut = [kind for kind in kinds.values() if kind.distance is not None]
+    if cut and min(blocks) > 128 and settings != {"window": (700, 300)}:
+        assert computed.sum() < sum(blocks[0] * blocks[1] for n in numbers if n != specs.HIDDEN)
 
 
 BF16 = [
@@ -193,10 +256,12 @@ def test_only_visited_tiles_are_counted_and_each_once():
     def step(q, k, v):
         return attention(q, k, v, is_causal=True, implementation="tpu").astype("float32").sum()
 
-    tile = 2 * 512 * 512 * 64  # three of four blocks of 512 x 512 hold an allowed pair
+    part = 2 * 128 * 128 * 64
+    parts = 8 * 9 / 2  # of 64 parts of 128 x 128 those at and below the diagonal
     products = 2 + 5  # forward, backward
     rows = 2 * 2 * 1024 * 64  # the products of output and cotangent
-    assert memopt.matmul_flops(jax.make_jaxpr(jax.grad(step, (0, 1, 2)))(q, q, q)) == 2 * 3 * products * tile + rows
+    counted = memopt.matmul_flops(jax.make_jaxpr(jax.grad(step, (0, 1, 2)))(q, q, q))
+    assert counted == pytest.approx(2 * parts * products * part + rows, rel=1e-9)
 
 
 def test_loops_inside_a_gpu_kernel_are_counted_by_what_it_states():
