@@ -100,7 +100,7 @@ class Codec(abc.ABC):
         x = jnp.asarray(x)
         if not self.accepts(x.dtype):
             raise TypeError(f"The codec {self.name!r} takes no {x.dtype} arrays: leave this one as it is.")
-        codes, scales = self._encode(x, key)
+        codes, scales = _encode(self, x, key)
         return Encoded(codes, scales, self, tuple(x.shape), np.dtype(x.dtype))
 
     def decode(self, encoded: Encoded) -> jax.Array:
@@ -110,12 +110,25 @@ class Codec(abc.ABC):
           ValueError: the leaves are not those of the layout.
         """
         validate(encoded)
-        return self._decode(encoded).astype(encoded.dtype).reshape(encoded.shape)
+        return _decode(encoded)
 
     def encoded_bytes(self, aval: Any) -> int:
         """Return the bytes of all leaves for an array like this, without a device's padding."""
         leaves = jax.tree.leaves(self.layout(tuple(aval.shape), np.dtype(aval.dtype)))
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+# Traced once for a codec, shape and dtype, however many arrays of a step have them; a caller's jaxpr has them inline.
+
+
+@functools.partial(jax.jit, static_argnums=0, inline=True)
+def _encode(codec: Codec, x: jax.Array, key: jax.Array | None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return codec._encode(x, key)
+
+
+@functools.partial(jax.jit, inline=True)
+def _decode(encoded: Encoded) -> jax.Array:
+    return encoded.codec._decode(encoded).astype(encoded.dtype).reshape(encoded.shape)
 
 
 def decode(encoded: Encoded) -> jax.Array:

@@ -4,6 +4,7 @@ Before JAX starts: CPU only, eight faked devices, a quiet libtpu that several pr
 test: strict dtype promotion, and rank promotion raises. Markers: `slow` runs with `--slow` or `MEMOPT_SLOW=1` alone;
 `tpu_aot` skips with the reason where libtpu cannot be loaded; `loose_promotion` relaxes both promotions, for a test or
 (`pytestmark`) a module in which Flax or Optax themselves add a scalar array to a matrix or a float32 to a bfloat16.
+`--thin N` is for a second version of Python and JAX: N cases of each parametrized test.
 
 Where memopt is not installed, its folders are mapped as `setup.cfg` maps them. The repository root is taken off the
 path in any case: with it there, `passes.x` and `memopt.passes.x` would be two modules with two registries.
@@ -80,17 +81,34 @@ hypothesis.settings.load_profile("memopt")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--slow`."""
+    """Add `--slow` and `--thin`."""
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too (or set MEMOPT_SLOW=1)")
+    parser.addoption("--thin", type=int, metavar="N", help="run N cases of each parametrized test alone, evenly chosen")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what is slow, unless it is asked for."""
+    """Skip what is slow, unless it is asked for; with `--thin`, take cases away of what is left."""
+    if config.getoption("--thin"):
+        _thin(config, items, config.getoption("--thin"))
     if config.getoption("--slow") or os.environ.get("MEMOPT_SLOW", "0") not in ("", "0"):
         return
     for item in items:
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow or MEMOPT_SLOW=1"))
+
+
+def _thin(config: pytest.Config, items: list[pytest.Item], most: int) -> None:
+    """Keep at most so many cases of each parametrized test, those that are not slow, from the first to the last."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    kept = set()
+    for found in cases.values():
+        places = [round(i * (len(found) - 1) / max(most - 1, 1)) for i in range(most)]
+        kept |= {found[place].nodeid for place in places}
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+    items[:] = [item for item in items if item.nodeid in kept]
 
 
 @functools.cache

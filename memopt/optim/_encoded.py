@@ -8,10 +8,12 @@ nothing here knows what their codes mean.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from memopt._codec import Codec, Encoded, decode
@@ -50,13 +52,20 @@ def encoded_zeros(codec: Codec, shape: tuple[int, ...], dtype: Any, value: Any) 
 
     The codecs of moments write zeros as one repeated code and repeated scales, which a small sample shows.
     """
-    sample = jax.jit(codec.encode)(jnp.zeros(256, dtype))
+    sample = _sample(codec, jnp.dtype(dtype))
     wanted = codec.layout(shape, dtype)
     fills = [sample.scales[min(i, len(sample.scales) - 1)].reshape(-1)[0] for i in range(len(wanted.scales))]
     codes = zeros_beside(value, wanted.codes.shape, wanted.codes.dtype, sample.codes.reshape(-1)[0])
     pairs = zip(wanted.scales, fills, strict=True)
     scales = tuple(zeros_beside(value, one.shape, one.dtype, fill) for one, fill in pairs)
     return dataclasses.replace(wanted, codes=codes, scales=scales)
+
+
+@functools.cache
+def _sample(codec: Codec, dtype: Any) -> Encoded:
+    """Encode 256 zeros, also where whoever asks is being traced."""
+    with jax.ensure_compile_time_eval():
+        return jax.tree.map(np.asarray, codec.encode(jnp.zeros(256, dtype)))
 
 
 def load(moment: Any, dtype: Any) -> jax.Array:
