@@ -224,7 +224,9 @@ class _Machine:
 
     def _result(self, name: str, operands: list[str]) -> Any:
         if name.startswith("inlined_call_operand"):
-            return _Operand(int(re.search(r"index: (\d+)", " ".join(operands)).group(1)))
+            place = int(re.search(r"index: (\d+)", ",".join(operands)).group(1))
+            is_number = "shape: s32[]" in ",".join(operands) and place in self.tables
+            return int(self.tables[place][0]) % _WORD if is_number else _Operand(place)
         if operands[0].startswith("(") and "," in operands[0]:
             chosen, old = (x.strip() for x in operands[0][1:-1].split(","))
             take = self._predicate(chosen)
@@ -342,11 +344,12 @@ _OPERATIONS: dict[str, Callable[..., int]] = {
 def words(array: np.ndarray) -> np.ndarray:
     """Return an integer array as the 32-bit words of scalar memory.
 
-    32-bit arrays of one axis lie in order. Bytes of two axes and more are packed four rows to a word, in tiles of
-    4 x 128 over the last two axes; 32-bit arrays of two axes and more have rows of a multiple of 128 words.
+    A number is a word, and 32-bit arrays of one axis lie in order. Bytes of two axes and more are packed four rows to a
+    word, in tiles of 4 x 128 over the last two axes; 32-bit arrays of two axes and more have rows of a multiple of 128
+    words.
     """
-    if array.dtype.itemsize == 4 and array.ndim == 1:
-        return array.astype(np.int64)
+    if array.ndim == 0 or (array.dtype.itemsize == 4 and array.ndim == 1):
+        return array.astype(np.int64).reshape(-1)
     rows, columns = array.shape[-2:] if array.ndim > 1 else (1, array.shape[0])
     planes = array.reshape(-1, rows, columns).astype(np.int64)
     each = 4 // array.dtype.itemsize

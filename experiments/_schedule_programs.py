@@ -21,7 +21,7 @@ import numpy as np
 
 #: Block sizes that are tried for each: queries x keys.
 BLOCKS = ((256, 512), (512, 512), (512, 1024), (1024, 512), (1024, 1024))
-SYSTEMS = ("memopt", "flash", "splash", "splash fused")
+SYSTEMS = ("memopt", "flash", "splash", "splash fused", "tokamax")
 _BACKWARD = re.compile(r"bwd|backward|dkv|dq|grad")
 
 
@@ -44,7 +44,7 @@ def program(config: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
 
 
 def _makers() -> dict[str, Callable[[dict[str, Any]], Callable[..., Any]]]:
-    return {"memopt": _memopt, "flash": _flash, "splash": _splash, "splash fused": _splash}
+    return {"memopt": _memopt, "flash": _flash, "splash": _splash, "splash fused": _splash, "tokamax": _tokamax}
 
 
 def _memopt(config: dict[str, Any]) -> Callable[..., Any]:
@@ -84,6 +84,21 @@ def _splash(config: dict[str, Any]) -> Callable[..., Any]:
     return lambda q, k, v: kernel((q * config["head_dim"] ** -0.5).astype(q.dtype), k, v)
 
 
+def _tokamax(config: dict[str, Any]) -> Callable[..., Any]:
+    """Return tokamax's splash attention, as its own settings have it; it stands in no public module yet."""
+    try:
+        from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
+        from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
+    except ImportError as error:
+        raise NotImplementedError(f"tokamax is not there: pip install '.[peers]' ({error})") from error
+    (rows, columns), length = config["blocks"], config["length"]
+    make = masks.CausalMask if config["causal"] else masks.FullMask
+    sizes = {"block_q": rows, "block_kv": columns, "block_kv_compute": columns}
+    sizes |= {"block_q_dkv": rows, "block_kv_dkv": columns, "block_kv_dkv_compute": columns}
+    kernel = splash.make_splash_mha_single_device(make((length, length)), config=splash.SplashConfig(**sizes))
+    return lambda q, k, v: kernel((q * config["head_dim"] ** -0.5).astype(q.dtype), k, v)
+
+
 # Compiling.
 
 
@@ -108,8 +123,9 @@ def compiled_counts(fn: Callable[..., Any], args: list[Any], target: str, folder
     for old in pathlib.Path(folder).iterdir():
         old.unlink()
     with jax.default_device(topology.devices[0]):
-        lowered = jax.jit(fn).trace(*args).lower(lowering_platforms=("tpu",))
-    tables = scalar_tables(lowered.compiler_ir())
+        traced = jax.jit(fn).trace(*args)
+        lowered = traced.lower(lowering_platforms=("tpu",))
+    tables = scalar_tables(traced.jaxpr)
     lowered.compile()
     found = {}
     for name, bundles, use in _dumped(folder):
@@ -131,45 +147,37 @@ def _dumped(folder: str) -> Iterator[tuple[str, str, str]]:
         yield name, pathlib.Path(bundles).read_text(), pathlib.Path(use).read_text()
 
 
-def scalar_tables(module: Any) -> dict[str, dict[int, np.ndarray]]:
-    """Return, by the names of a lowered module's kernels, those of their operands that are integer constants."""
-    calls: dict[str, Any] = {}
-    kernels: list[Any] = []
-    for one in _walk(module.operation):
-        if one.name == "func.call":
-            calls.setdefault(str(one.attributes["callee"]).lstrip("@"), one)
-        if one.name == "stablehlo.custom_call" and "tpu_custom_call" in str(one.attributes["call_target_name"]):
-            kernels.append(one)
-    found = {}
-    for one in kernels:
-        name = str(one.attributes["kernel_name"]).strip('"')
-        values = ((i, _constant(value, calls)) for i, value in enumerate(one.operands))
-        found[name] = {i: _schedule.words(array) for i, array in values if array is not None}
+def scalar_tables(closed: Any) -> dict[str, dict[int, np.ndarray]]:
+    """Return, by the names of a jaxpr's kernels, those of their operands that are integers known before it runs.
+
+    What follows from constants alone is computed here: the lists of blocks of some systems are.
+    """
+    found: dict[str, dict[int, np.ndarray]] = {}
+    _known(closed, [None] * len(closed.jaxpr.invars), found)
     return found
 
 
-def _walk(operation: Any) -> Iterator[Any]:
-    for region in operation.regions:
-        for block in region.blocks:
-            for one in block.operations:
-                yield one.operation
-                yield from _walk(one.operation)
+def _known(closed: Any, arguments: list[Any], found: dict[str, dict[int, np.ndarray]]) -> list[Any]:
+    """Evaluate what is known of a jaxpr, note the known operands of its kernels, and return its results, or None."""
+    from jax.extend import core
 
-
-def _constant(value: Any, calls: dict[str, Any]) -> np.ndarray | None:
-    """Return a value as an array, where it is a constant, maybe cast, reshaped or handed to a function."""
-    owner = value.owner
-    if not hasattr(owner, "attributes"):  # an argument of a block
-        outer = owner.owner
-        name = str(outer.attributes["sym_name"]).strip('"') if "sym_name" in outer.attributes else None
-        return _constant(calls[name].operands[value.arg_number], calls) if name in calls else None
-    shape, kind = tuple(value.type.shape), str(value.type.element_type)
-    if owner.name == "stablehlo.constant" and kind in ("i8", "i32", "ui8", "si8"):
-        return np.array(owner.attributes["value"]).reshape(shape)
-    if owner.name in ("stablehlo.convert", "stablehlo.reshape") and kind in ("i8", "i32"):
-        inner = _constant(owner.operands[0], calls)
-        return None if inner is None else inner.astype({"i8": np.int8, "i32": np.int32}[kind]).reshape(shape)
-    return None
+    values = dict(zip([*closed.jaxpr.constvars, *closed.jaxpr.invars], [*closed.consts, *arguments], strict=True))
+    read = lambda one: one.val if isinstance(one, core.Literal) else values.get(one)  # noqa: E731
+    for eqn in closed.jaxpr.eqns:
+        given = [read(one) for one in eqn.invars]
+        inner = next((eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params), None)
+        made: list[Any] = [None] * len(eqn.outvars)
+        if eqn.primitive.name == "pallas_call":
+            arrays = {i: np.asarray(one) for i, one in enumerate(given) if one is not None}
+            whole = {i: one for i, one in arrays.items() if one.dtype.kind in "iu" and one.dtype.itemsize in (1, 4)}
+            found[eqn.params["name"]] = {i: _schedule.words(one) for i, one in whole.items()}
+        elif isinstance(inner, core.ClosedJaxpr) and len(inner.jaxpr.invars) == len(given):
+            made = _known(inner, given, found)
+        elif all(one is not None for one in given) and not eqn.effects:
+            made = eqn.primitive.bind(*given, **eqn.params)
+            made = list(made) if eqn.primitive.multiple_results else [made]
+        values.update(zip(eqn.outvars, made, strict=True))
+    return [read(one) for one in closed.jaxpr.outvars]
 
 
 def row(config: dict[str, Any], folder: str) -> dict[str, Any]:

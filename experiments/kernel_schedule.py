@@ -1,4 +1,4 @@
-"""How good are the attention kernels' schedules? A static count of cycles beside JAX's flash and splash attention.
+"""How good are the attention kernels' schedules? A static count of cycles beside JAX's flash and splash, and tokamax.
 
 In: flags; lengths, head sizes, masks and TPU kinds. Out: for each the cycles and the share of matmul slots that the
 compiler's final bundles have, forward and backward, of each system at the best of the printed block sizes; a table and
