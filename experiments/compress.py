@@ -1,9 +1,9 @@
 """Residuals in few bits against the best plan that only repeats, at the same repeated FLOPs, compiled for a TPU.
 
-In: flags; scanned reference steps as shapes. Out: a row for the plan of `Remat` alone with the smallest predicted peak
-within a share of the step's FLOPs, and one for each codec, which keeps whatever such a plan keeps in that codec's form:
-residual bytes (the stacks that forward loops hand to backward ones, scales and padding included), compiled
-temporaries, and how much of the saved residual bytes they fall by. A table and a CSV file.
+In: flags; scanned reference steps as shapes. Out: for each codec two rows, of plans that repeat the same FLOPs within a
+share of the step's: that of `Remat` alone with the smallest predicted peak, and that which keeps whatever it keeps in
+the codec's form: residual bytes (the stacks that forward loops hand to backward ones, scales and padding included),
+compiled temporaries, and how much of the saved residual bytes they fall by. A table and a CSV file.
 
     python experiments/compress.py --steps=gpt2:scan --small
 """
@@ -50,16 +50,38 @@ def stacked_bytes(closed: Any) -> int:
     return sum(aval.size * aval.dtype.itemsize for aval in found if aval.shape and aval.shape[0] in length)
 
 
-def row(built: tuple, passes: Sequence[Any], target: str, most_flops: float, compiles: bool) -> dict[str, Any]:
-    """Plan by these passes, with the smallest predicted peak within these FLOPs, and compile."""
+def frontier(built: tuple, passes: Sequence[Any], target: str) -> list[Any]:
+    """Return all plans by these passes, the step as written left out."""
+    import memopt
+
+    step, args, options = built
+    planned = memopt.optimize(step, budget="100%", target=target, passes=list(passes), verify=False, **options)
+    return planned.frontier(*args)[1:]
+
+
+def least(points: Sequence[Any], most_flops: float) -> Any:
+    """Return the plan with the smallest predicted peak within these FLOPs, or the one with the fewest."""
+    allowed = [p for p in points if p.recompute_flops <= most_flops]
+    return min(allowed or points, key=lambda p: p.peak_bytes if allowed else p.recompute_flops)
+
+
+def matched(base: Sequence[Any], coded: Sequence[Any], most_flops: float) -> tuple[Any, Any]:
+    """Return the smallest plans of two lists that repeat the same FLOPs, as many as allowed; else the nearest pair."""
+    while True:
+        one = least(base, most_flops)
+        other = least(coded, one.recompute_flops)
+        if other.recompute_flops >= one.recompute_flops or other.recompute_flops == most_flops:
+            return one, other
+        most_flops = other.recompute_flops
+
+
+def row(built: tuple, passes: Sequence[Any], target: str, point: Any, compiles: bool) -> dict[str, Any]:
+    """Return the figures of one plan, compiled."""
     import memopt
 
     step, args, options = built
     common = dict(target=target, passes=list(passes), verify=False, **options)
-    points = memopt.optimize(step, budget="100%", **common).frontier(*args)[1:]
-    allowed = [p for p in points if p.recompute_flops <= most_flops]
-    least = min(allowed or points, key=lambda p: p.peak_bytes if allowed else p.recompute_flops)
-    planned = memopt.optimize(step, budget=least.peak_bytes, **common)
+    planned = memopt.optimize(step, budget=point.peak_bytes, **common)
     plan = planned.plan(*args)
     found = {
         "recompute_flops": plan.recompute_flops,
@@ -99,22 +121,25 @@ def main(argv: Sequence[str]) -> int:
     for name in values.steps:
         family, _, layers = name.partition(":")
         built = steps.reference_step(family, layers=layers or None, small=values.small, tiny=values.tiny)
-        base = None
-        for codec in ("", *values.codecs):
-            key = f"{name}|{codec}"
+        most = values.flops * memopt.matmul_flops(jax.jit(built[0]).trace(*built[1]).jaxpr)
+        remat, known = [memopt.passes.Remat()], {}
+
+        def found(key: str, passes: list, point: Any) -> dict[str, Any]:
             if cache.get(key) is None:
-                _report.console().print(f"{name}: {codec or 'Remat alone'} ...")
-                passes = [memopt.passes.Remat(), *([memopt.passes.Compress(codec, always=True)] if codec else [])]
-                if base is None:
-                    plain = jax.jit(built[0]).trace(*built[1]).jaxpr
-                    most = values.flops * memopt.matmul_flops(plain)
-                else:
-                    most = base["recompute_flops"]
-                found = row(built, passes, values.target, most, values.compile)
-                cache.put(key, {"step": name, "row": codec or "Remat"} | found)
-            found = cache.get(key)
-            base = found if base is None else base
-            rows.append(compared(base, found))
+                _report.console().print(f"{key} ...")  # noqa: B023
+                cache.put(key, row(built, passes, values.target, point, values.compile))  # noqa: B023
+            return cache.get(key)
+
+        base_points = frontier(built, remat, values.target)
+        for codec in values.codecs:
+            passes = [*remat, memopt.passes.Compress(codec, always=True)]
+            one, other = matched(base_points, frontier(built, passes, values.target), most)
+            base = found(f"{name}||{one.recompute_flops:g}", remat, one)
+            if one.recompute_flops not in known:
+                known[one.recompute_flops] = base
+                rows.append({"step": name, "row": "Remat"} | compared(base, base))
+            coded = found(f"{name}|{codec}|{other.recompute_flops:g}", passes, other)
+            rows.append({"step": name, "row": codec} | compared(base, coded))
             _report.write_csv(folder / "compress.csv", rows)
     _report.print_table(COLUMNS, rows, f"Residuals in few bits, compiled for {values.target}, {form} forms")
     _report.console().print(f"  made with {_report.environment()}", soft_wrap=True)
