@@ -1,8 +1,8 @@
 """Residuals in few bits against the best plan that only repeats, at the same repeated FLOPs, compiled for a TPU.
 
-In: flags; scanned reference steps as shapes. Out: for each codec two rows, of plans that repeat the same FLOPs within a
-share of the step's: that of `Remat` alone with the smallest predicted peak, and that which keeps whatever it keeps in
-the codec's form: residual bytes (the stacks that forward loops hand to backward ones, scales and padding included),
+In: flags; scanned reference steps as shapes. Out: a row for the plan of `Remat` alone with the smallest predicted peak
+within a share of the step's FLOPs, and one for each codec, which repeats the same FLOPs and keeps whatever it keeps in
+that codec's form: residual bytes (the stacks that forward loops hand to backward ones, scales and padding included),
 compiled temporaries, and how much of the saved residual bytes they fall by. A table and a CSV file.
 
     python experiments/compress.py --steps=gpt2:scan --small
@@ -26,6 +26,8 @@ COLUMNS = (
     _report.Column("predicted_peak_bytes", "predicted peak", "bytes"),
     _report.Column("peak_bytes", "compiled peak", "bytes"),
 )
+#: Repeated FLOPs that differ by less than this share count as the same.
+SAME = 1e-3
 
 
 def define_flags() -> None:
@@ -50,47 +52,51 @@ def stacked_bytes(closed: Any) -> int:
     return sum(aval.size * aval.dtype.itemsize for aval in found if aval.shape and aval.shape[0] in length)
 
 
-def frontier(built: tuple, passes: Sequence[Any], target: str) -> list[Any]:
-    """Return all plans by these passes, the step as written left out."""
+def planned(built: tuple, passes: Sequence[Any], target: str, budget: Any, overrides: dict[str, str]) -> Any:
+    """Return the step under a budget."""
     import memopt
 
-    step, args, options = built
-    planned = memopt.optimize(step, budget="100%", target=target, passes=list(passes), verify=False, **options)
-    return planned.frontier(*args)[1:]
+    common = dict(target=target, passes=list(passes), overrides=overrides or None, verify=False)
+    return memopt.optimize(built[0], budget=budget, **common, **built[2])
 
 
-def least(points: Sequence[Any], most_flops: float) -> Any:
+def least(built: tuple, passes: Sequence[Any], target: str, most_flops: float, overrides: dict[str, str]) -> Any:
+    """Return the step with the plan of the smallest predicted peak within these FLOPs, or with the fewest FLOPs."""
+    points = planned(built, passes, target, "100%", overrides).frontier(*built[1])[1:]
+    return planned(built, passes, target, smallest(points, most_flops).peak_bytes, overrides)
+
+
+def smallest(points: Sequence[Any], most_flops: float) -> Any:
     """Return the plan with the smallest predicted peak within these FLOPs, or the one with the fewest."""
     allowed = [p for p in points if p.recompute_flops <= most_flops]
     return min(allowed or points, key=lambda p: p.peak_bytes if allowed else p.recompute_flops)
 
 
-def matched(base: Sequence[Any], coded: Sequence[Any], most_flops: float) -> tuple[Any, Any]:
-    """Return the smallest plans of two lists that repeat the same FLOPs, as many as allowed; else the nearest pair."""
-    while True:
-        one = least(base, most_flops)
-        other = least(coded, one.recompute_flops)
-        if other.recompute_flops >= one.recompute_flops or other.recompute_flops == most_flops:
-            return one, other
-        most_flops = other.recompute_flops
+def coded(built: tuple, passes: Sequence[Any], target: str, base: Any) -> Any:
+    """Return the step with the smallest plan by these passes that repeats the FLOPs of the base's.
+
+    Where the smallest within them repeats fewer, because one that takes fewer seconds hides those that repeat as many,
+    whatever the base repeats is repeated by request.
+    """
+    wanted = base.plan(*built[1])
+    found = least(built, passes, target, wanted.recompute_flops * (1 + SAME), {})
+    if abs(found.plan(*built[1]).recompute_flops - wanted.recompute_flops) <= SAME * wanted.recompute_flops:
+        return found
+    names = {d.name: d.choice for d in wanted.decisions if d.choice == "recompute"}
+    return least(built, passes, target, wanted.recompute_flops * (1 + SAME), names)
 
 
-def row(built: tuple, passes: Sequence[Any], target: str, point: Any, compiles: bool) -> dict[str, Any]:
-    """Return the figures of one plan, compiled."""
-    import memopt
-
-    step, args, options = built
-    common = dict(target=target, passes=list(passes), verify=False, **options)
-    planned = memopt.optimize(step, budget=point.peak_bytes, **common)
-    plan = planned.plan(*args)
+def figures(step: Any, args: tuple, compiles: bool) -> dict[str, Any]:
+    """Return the figures of a step's plan, compiled."""
+    plan = step.plan(*args)
     found = {
         "recompute_flops": plan.recompute_flops,
         "baseline_flops": plan.baseline_flops,
         "predicted_peak_bytes": plan.predicted_peak_bytes,
-        "residual_bytes": stacked_bytes(planned.trace(*args).jaxpr),
+        "residual_bytes": stacked_bytes(step.trace(*args).jaxpr),
     }
     if compiles:
-        memory = planned.measure(*args)
+        memory = step.measure(*args)
         found |= {key: getattr(memory, key) for key in ("temp_bytes", "peak_bytes", "xla_remat_ops", "compile_seconds")}
     return found
 
@@ -122,24 +128,17 @@ def main(argv: Sequence[str]) -> int:
         family, _, layers = name.partition(":")
         built = steps.reference_step(family, layers=layers or None, small=values.small, tiny=values.tiny)
         most = values.flops * memopt.matmul_flops(jax.jit(built[0]).trace(*built[1]).jaxpr)
-        remat, known = [memopt.passes.Remat()], {}
-
-        def found(key: str, passes: list, point: Any) -> dict[str, Any]:
+        remat = [memopt.passes.Remat()]
+        base = least(built, remat, values.target, most, {})
+        for codec in ("", *values.codecs):
+            key = f"{name}|{codec}"
             if cache.get(key) is None:
-                _report.console().print(f"{key} ...")  # noqa: B023
-                cache.put(key, row(built, passes, values.target, point, values.compile))  # noqa: B023
-            return cache.get(key)
-
-        base_points = frontier(built, remat, values.target)
-        for codec in values.codecs:
-            passes = [*remat, memopt.passes.Compress(codec, always=True)]
-            one, other = matched(base_points, frontier(built, passes, values.target), most)
-            base = found(f"{name}||{one.recompute_flops:g}", remat, one)
-            if one.recompute_flops not in known:
-                known[one.recompute_flops] = base
-                rows.append({"step": name, "row": "Remat"} | compared(base, base))
-            coded = found(f"{name}|{codec}|{other.recompute_flops:g}", passes, other)
-            rows.append({"step": name, "row": codec} | compared(base, coded))
+                _report.console().print(f"{name}: {codec or 'Remat alone'} ...")
+                passes = [*remat, memopt.passes.Compress(codec, always=True)] if codec else remat
+                step = coded(built, passes, values.target, base) if codec else base
+                row = {"step": name, "row": codec or "Remat"} | figures(step, built[1], values.compile)
+                cache.put(key, row)
+            rows.append(compared(cache.get(f"{name}|"), cache.get(key)))
             _report.write_csv(folder / "compress.csv", rows)
     _report.print_table(COLUMNS, rows, f"Residuals in few bits, compiled for {values.target}, {form} forms")
     _report.console().print(f"  made with {_report.environment()}", soft_wrap=True)

@@ -5,6 +5,10 @@ import types
 import compress
 import jax
 import jax.numpy as jnp
+import pytest
+
+import memopt
+from memopt.models import steps
 
 
 def test_stacks_that_a_reverse_loop_reads_are_counted():
@@ -23,12 +27,27 @@ def test_a_row_says_how_much_of_what_is_saved_temporaries_fall_by():
     assert "fall_share" not in compress.compared(base, base)
 
 
-def test_plans_are_compared_that_repeat_the_same():
-    def points(*pairs):
-        return [types.SimpleNamespace(recompute_flops=flops, peak_bytes=peak) for flops, peak in pairs]
+def test_the_smallest_plan_within_some_flops_is_taken():
+    points = [
+        types.SimpleNamespace(recompute_flops=f, peak_bytes=p) for f, p in ((5, 90), (10, 80), (30, 60), (50, 40))
+    ]
+    assert [compress.smallest(points, most).peak_bytes for most in (50, 40, 10, 1)] == [40, 60, 80, 90]
 
-    base, coded = points((0, 90), (10, 80), (30, 60), (50, 40)), points((5, 70), (10, 50), (20, 45), (60, 20))
-    found = compress.matched(base, coded, 40)
-    assert [(p.recompute_flops, p.peak_bytes) for p in found] == [(10, 80), (10, 50)]  # 30 and 20 are not the same
-    nearest = compress.matched(points((5, 90)), points((3, 50)), 40)
-    assert [p.recompute_flops for p in nearest] == [5, 3]  # nothing repeats the same
+
+@pytest.mark.loose_promotion
+def test_a_plan_in_few_bits_repeats_what_the_base_repeats():
+    built, target = steps.reference_step("gpt2", layers="scan", tiny=True), "tpu:v5e:1x1"
+    remat = [memopt.passes.Remat()]
+    most = 0.1 * memopt.matmul_flops(jax.jit(built[0]).trace(*built[1]).jaxpr)
+    base = compress.least(built, remat, target, most, {})
+    passes = [*remat, memopt.passes.Compress("int4", always=True)]
+    names = {d.name: d.choice for d in base.plan(*built[1]).decisions if d.choice == "recompute"}
+    want = base.plan(*built[1]).recompute_flops
+    for step in (
+        compress.coded(built, passes, target, base),
+        compress.least(built, passes, target, want * (1 + compress.SAME), names),
+    ):
+        plan = step.plan(*built[1])
+        assert want > 0
+        assert abs(plan.recompute_flops - want) <= compress.SAME * want
+        assert {"int4"} <= {d.choice for d in plan.decisions} <= {"int4", "keep", "recompute"}
