@@ -328,6 +328,9 @@ def test_a_value_is_read_back_again_rather_than_held_beside_what_is_larger(keys,
         c.check(new)
         found[again] = decodings[queries], eager.evaluate(new, *arguments())
     assert (found[None][0], found[store.again_seconds][0]) == (1, times)
+    guarded = [v.aval for eqn in everything(new) if eqn.primitive.name == "optimization_barrier" for v in eqn.invars]
+    scales = [aval for aval in guarded if aval.shape == store.encode(jnp.ones((ROWS, WIDTH))).scales[0].shape]
+    assert len(scales) == times - 1 and not [aval for aval in guarded if aval.dtype == np.uint8]  # slices of the stack
     for want, got in zip(found[None][1], found[store.again_seconds][1], strict=True):
         np.testing.assert_array_equal(got, want)
 
