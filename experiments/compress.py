@@ -76,7 +76,7 @@ def coded(built: tuple, passes: Sequence[Any], target: str, base: Any) -> Any:
     """Return the step with the smallest plan by these passes that repeats the FLOPs of the base's.
 
     Where the smallest within them repeats fewer, because one that takes fewer seconds hides those that repeat as many,
-    whatever the base repeats is repeated by request.
+    whatever the base repeats is repeated by request, in every later place.
     """
     wanted = base.plan(*built[1])
     found = least(built, passes, target, wanted.recompute_flops * (1 + SAME), {})

@@ -41,13 +41,9 @@ def test_a_plan_in_few_bits_repeats_what_the_base_repeats():
     most = 0.1 * memopt.matmul_flops(jax.jit(built[0]).trace(*built[1]).jaxpr)
     base = compress.least(built, remat, target, most, {})
     passes = [*remat, memopt.passes.Compress("int4", always=True)]
-    names = {d.name: d.choice for d in base.plan(*built[1]).decisions if d.choice == "recompute"}
-    want = base.plan(*built[1]).recompute_flops
-    for step in (
-        compress.coded(built, passes, target, base),
-        compress.least(built, passes, target, want * (1 + compress.SAME), names),
-    ):
-        plan = step.plan(*built[1])
-        assert want > 0
-        assert abs(plan.recompute_flops - want) <= compress.SAME * want
-        assert {"int4"} <= {d.choice for d in plan.decisions} <= {"int4", "keep", "recompute"}
+    want = base.plan(*built[1])
+    plan = compress.coded(built, passes, target, base).plan(*built[1])
+    assert 0 < want.recompute_flops <= plan.recompute_flops
+    names = {d.name for d in want.decisions if d.choice == "recompute"}
+    assert names and not [d.name for d in plan.decisions if d.name in names and d.choice == "int4"]
+    assert "int4" in {d.choice for d in plan.decisions}
