@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _forms, _handover, _pairs, _segments, _settled
+from memopt import _cost, _forms, _handover, _pairs, _segments, _settled
 from memopt import _graph as g
 from memopt._contract import Store
 
@@ -29,6 +29,7 @@ def apply(
     repeats: Mapping[int, frozenset[int]],
     stores: Mapping[int, Store] | None = None,
     chains: Mapping[tuple[int, int], int] | None = None,
+    decodings: dict[int, int] | None = None,
 ) -> tuple[Any, dict[Any, int]]:
     """Return the rewritten closed jaxpr and the time segment of each variable that is new in it.
 
@@ -37,6 +38,7 @@ def apply(
       repeats: segment number -> ids of the operations run again in that segment, for what is read there.
       stores: value -> the form that it is kept in; all others are kept as they are.
       chains: `_segments.chains` of the repeats, where the caller has them.
+      decodings: where given, filled with how many times each stored value is read back.
 
     Returns:
       `(closed jaxpr, {variable: segment})`; variables of loop bodies are among them. The segments of the step's own
@@ -49,6 +51,8 @@ def apply(
     builder = _Builder(graph, repeats, stores or {}, chains)
     body = builder.region(graph.top, None)
     builder.finish(body)
+    if decodings is not None:
+        decodings.update(builder.decodings)
     base = c.open_jaxpr(graph.closed)
     jaxpr = c.without_dead(c.rebuild(base, outvars=body.outs, eqns=body.eqns))
     return c.close(jaxpr, c.jaxpr_consts(graph.closed)), builder.bin_of
@@ -63,7 +67,7 @@ class _Body:
         self.eqns: list[Any] = []
         self.local = dict(region.held)  # value of a source region -> the variable that brings it into this body
         self.clones: dict[int, tuple[int, Any]] = {}  # value -> first segment of its latest repeat, its variable
-        self.decoded: dict[int, tuple[int, Any]] = {}  # value -> segment where it was read back last, its variable
+        self.decoded: dict[int, tuple[int, Any, int]] = {}  # value -> segment of its last reader, its variable, where
         self.leaves: dict[int, list[Any]] = {}  # value of a source region -> what brings its leaves into this body
         self.new_consts: list[tuple[Any, Any]] = []  # (variable, value outside, a literal or the variable itself)
         self.new_xs: list[tuple[Any, Any]] = []  # and those that come in as slices
@@ -93,6 +97,8 @@ class _Builder:
         self.leaves: dict[int, list[Any]] = {}  # stored value -> the leaves where it is made
         self.extra: dict[int, dict[tuple[int, Any], Any]] = {}  # operation -> {(region, variable): what hands it out}
         self.bin_of: dict[Any, int] = {}
+        self.stores = stores
+        self.decodings: dict[int, int] = {}  # stored value -> how many times it is read back
         self.settled, _ = _settled.tables(graph)
 
     def region(self, region: g.Region, parent: _Body | None) -> _Body:
@@ -204,20 +210,36 @@ class _Builder:
         self._emit(body, eqns, self._made(item))
 
     def _decode(self, body: _Body, value: int, segment: int, form: _forms.Form) -> Any:
-        """Read a stored value back from its leaves; readers in segments near each other share it."""
-        before, var = body.decoded.get(value, (None, None))
-        if before is None or segment - before > _segments.near(body.region):
+        """Read a stored value back from its leaves; readers in segments near each other share it (`_is_apart`)."""
+        before, var, at = body.decoded.get(value, (None, None, 0))
+        if before is None or segment - before > _segments.near(body.region) or self._is_apart(body, value, at):
             item = self.graph.values[value]
             like = body.region.ops[0].eqn if item.op is None else item.op.eqn
             leaves = self._leaves(body, value)
-            if item.region == body.region.id:
+            here = item.region == body.region.id
+            if here or before is not None:
                 kept = {i: v for i, v in enumerate(leaves) if not isinstance(v, c.Literal) and c.guardable(v)}
+                if not here:  # one tells two readings apart; of the others XLA then takes slices where it decodes them
+                    kept = dict(sorted(kept.items(), key=lambda leaf: _cost.aval_bytes(leaf[1].aval))[:1])
                 guarded = self._barrier(body, kept, like, segment)
                 leaves = [guarded.get(i, v) for i, v in enumerate(leaves)]
             eqns, (var,) = _forms.emit(form.decode, leaves, like)
             self._emit(body, eqns, segment)
-        body.decoded[value] = segment, var
+            self.decodings[value] = self.decodings.get(value, 0) + 1
+            at = len(body.eqns)
+        body.decoded[value] = segment, var, at
         return var
+
+    def _is_apart(self, body: _Body, value: int, at: int) -> bool:
+        """Say whether a value is better read back again than held: since then something larger was made.
+
+        Scores stand between the readers of what attention is made of: XLA would hold it decoded beside them. So it
+        would up to a gradient of weights, which it runs late, whatever their order here.
+        """
+        if self.stores[value].again_seconds is None:
+            return False
+        size = _cost.aval_bytes(self.graph.values[value].aval)
+        return any(_cost.aval_bytes(v.aval) > size for eqn in body.eqns[at:] for v in eqn.outvars)
 
     def _emit(self, body: _Body, eqns: list[Any], segment: int) -> None:
         body.eqns += eqns

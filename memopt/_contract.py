@@ -54,6 +54,8 @@ class Store:
         scope asks for is not repeated either.
       late: whether plans are looked for as if this form were not there, and it is then tried on what they keep: for
         exact forms that take next to no time. Where no pass repeats anything it makes no difference.
+      again_seconds: predicted time of decoding it once more, which is then done where readers lie on both sides of
+        something larger than the value, rather than hold it through that. None: it is held.
     """
 
     value: int
@@ -66,6 +68,7 @@ class Store:
     readers: frozenset[int] | None = None
     asked: bool = False
     late: bool = False
+    again_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,6 +54,11 @@ class Names:
                 counts[base] += 1
         return self._cached[op.id]
 
+    def results(self, op: g.Op) -> list[str]:
+        """Return the names of an operation's results: its own, with a number where there are several."""
+        name, count = self.name(op), len(op.outputs)
+        return [name] if count == 1 else [f"{name}:{i}" for i in range(count)]
+
     def _around(self, region: int) -> str:
         if region not in self._prefix:
             op = self.survey.graph.regions[region].op
@@ -74,7 +79,7 @@ def settle(survey: Survey, names: Names, overrides: Mapping[str, str] | None) ->
             mark = marks[names.stack(op)]
             (never if mark == KEEP else always if mark == RECOMPUTE else set()).add(op.id)
     if overrides:
-        known = {names.name(op): op.id for op in survey.graph.ops}
+        known = {name: op.id for op in survey.graph.ops for name in (names.name(op), *names.results(op))}
         for name, choice in overrides.items():
             _override(known, name, choice, never, always)
     return never, always
@@ -123,7 +128,7 @@ def _row(survey, names, value, choice, size, count, repeatable, store) -> Decisi
         reason = f"{places}; a loop's carry"
         return Decision(base, names.module(loop), c.user_source(loop.eqn), size, choice, reason, stored_bytes)
     op = item.op
-    name = names.name(op) + (f":{op.outputs.index(value)}" if len(op.outputs) > 1 else "")
+    name = names.results(op)[op.outputs.index(value)]
     trips = survey.graph.regions[op.region].trips
     flops = _cost.matmul_flops(op.eqn) * trips
     if op.id in repeatable:

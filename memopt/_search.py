@@ -253,13 +253,14 @@ class Search:
         key = choice.key
         if key not in self.scored:
             chains = _segments.chains(self.survey.graph, choice.repeats)
-            closed, bins = _apply.apply(self.survey.graph, choice.repeats, choice.stores, chains)
+            decodings: dict[int, int] = {}
+            closed, bins = _apply.apply(self.survey.graph, choice.repeats, choice.stores, chains, decodings)
             local = self.step.local
             timeline = _timeline.simulate(
                 closed, donated=self.donated, target=self.survey.target, cache=self.cache, local=local
             )
             flops = _cost.matmul_flops(closed) - self.step.baseline_flops
-            seconds = self._seconds(choice, chains) - self.undone_seconds
+            seconds = self._seconds(choice, chains) + self._again(choice, decodings) - self.undone_seconds
             own = _settled.tables(self.survey.graph)[1]
             usage = usage_of(c.open_jaxpr(closed), timeline, own, bins, self.survey.bins)
             timeline.release()
@@ -285,6 +286,15 @@ class Search:
         repeated = sum(self.repeatable[op] * regions[first].trips for op, first in runs)
         encoded = sum(s.seconds * graph.regions[graph.values[v].region].trips for v, s in choice.stores.items())
         return repeated + encoded
+
+    def _again(self, choice: Choice, decodings: Mapping[int, int]) -> float:
+        """Return the seconds of reading stored values back more than once."""
+        regions, values = self.survey.graph.regions, self.survey.graph.values
+        return sum(
+            (decodings[v] - 1) * store.again_seconds * regions[values[v].region].trips
+            for v, store in choice.stores.items()
+            if store.again_seconds is not None and v in decodings
+        )
 
 
 def _bytes_between(above: Rung, below: Rung) -> int:

@@ -166,4 +166,15 @@ def _coded(survey: Survey, one: _residuals.Residual, name: str, form: Codec, ask
     size = sum(survey.bytes_of(leaf) for leaf in (layout.codes, *layout.scales))
     if size < one.bytes:
         seconds = _residuals.move_seconds(survey, size, one.bytes)
-        yield Store(one.value, seconds, size, form.encode, form.decode, error=form.error, name=name, asked=asked)
+        again = size / survey.spec.memory_bytes_per_second  # what is decoded mostly stays in a TPU's fast memory
+        yield Store(
+            one.value,
+            seconds,
+            size,
+            form.encode,
+            form.decode,
+            error=form.error,
+            name=name,
+            asked=asked,
+            again_seconds=again,
+        )

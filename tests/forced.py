@@ -67,12 +67,16 @@ def forced(share: float, seed: int = 0, late: bool = False) -> Callable[[Any], A
 
 
 def stored(seed: int) -> Callable[[Any], Any]:
-    """Return a rewrite that keeps half of all values as pairs of themselves and a number, and repeats operations."""
+    """Return a rewrite that keeps half of all values as pairs of themselves and a number, and repeats operations.
+
+    Values of odd numbers are read back again where something larger was made since.
+    """
 
     def rewrite(closed: Any) -> Any:
         survey = survey_of(closed)
         rng = np.random.default_rng(seed)
-        forms = [Store(v.id, 0.0, 1, lambda x: (x, x.ndim), lambda pair: pair[0]) for v in survey.graph.values]
+        pair = functools.partial(Store, seconds=0.0, bytes=1, encode=lambda x: (x, x.ndim), decode=lambda pair: pair[0])
+        forms = [pair(v.id, again_seconds=0.0 if v.id % 2 else None) for v in survey.graph.values]
         drawn = {s.value: s for s in forms if _forms.refusal(survey.graph, s) is None and rng.random() < 0.5}
         repeats = {p: frozenset(o for o in ops if rng.random() < 0.2) for p, ops in repeatable(survey).items()}
         return _apply.apply(survey.graph, repeats, drawn)[0]

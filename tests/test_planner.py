@@ -136,6 +136,22 @@ def test_a_value_is_run_again_on_demand():
     assert "keep" not in choices(ladder, name)
 
 
+def test_one_of_several_results_is_settled_by_the_name_in_its_row():
+    def loss(w, x):
+        for _ in range(3):
+            a, b = jnp.split(jnp.sin(x @ w), 2, axis=-1)
+            x = x + jnp.tile(jnp.sin(a) * jnp.cos(b), 2)
+        return jnp.sum(x * x)
+
+    closed = jax.make_jaxpr(jax.grad(loss))(jnp.ones((64, 64)), jnp.ones((1024, 64)))
+    ladder = planned(closed)
+    rows = [d.name for i in range(len(ladder.rungs)) for d in ladder.plan(i).decisions if "split" in d.name]
+    assert any(name.endswith(":1") for name in rows)
+    kept, repeated = (planned(closed, overrides=dict.fromkeys(rows, choice)) for choice in ("keep", "recompute"))
+    assert len(kept.rungs) > 1 and not any("recompute" in choices(kept, name) for name in rows)
+    assert any("recompute" in choices(repeated, name) for name in rows)
+
+
 def test_an_override_of_nothing_names_what_is_near():
     with pytest.raises(ValueError, match=r"'layer_2/tanhh.0' names no value of this step; the nearest are.*'layer_2"):
         planned(overrides={"layer_2/tanhh.0": "keep"})

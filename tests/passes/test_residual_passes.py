@@ -307,6 +307,34 @@ def test_scores_share_a_scale_by_rows():
     assert forms[ROWS, WIDTH] == "int8-down"
 
 
+@pytest.mark.parametrize(("keys", "times"), [(ROWS, 2), (WIDTH // 2, 1)])  # scores larger than queries, or not
+def test_a_value_is_read_back_again_rather_than_held_beside_what_is_larger(keys, times):
+    def layer(h, w):
+        scores = (h @ w) @ jnp.sin(h[:keys]).T
+        return h + jnp.exp(scores) @ h[:keys] / ROWS
+
+    closed = trace(scanned(layer), arguments())
+    survey = forced.survey_of(closed)
+    forward = next(r for r in survey.graph.regions if r.trips > 1)
+    queries = next(op for op in forward.ops if op.eqn.primitive.name == "dot_general").outputs[0]
+    scores = {op.id for op in forward.ops if op.eqn.outvars[0].aval.shape == (ROWS, keys)}
+    repeats = {p: frozenset(scores & set(ops)) for p, ops in forced.repeatable(survey).items()}
+    store = next(p for p in Compress().propose(survey) if p.value == queries)
+    found = {}
+    for again in (None, store.again_seconds):
+        decodings = {}
+        stores = {queries: dataclasses.replace(store, again_seconds=again)}
+        new, _ = _apply.apply(survey.graph, repeats, stores, decodings=decodings)
+        c.check(new)
+        found[again] = decodings[queries], eager.evaluate(new, *arguments())
+    assert (found[None][0], found[store.again_seconds][0]) == (1, times)
+    guarded = [v.aval for eqn in everything(new) if eqn.primitive.name == "optimization_barrier" for v in eqn.invars]
+    scales = [aval for aval in guarded if aval.shape == store.encode(jnp.ones((ROWS, WIDTH))).scales[0].shape]
+    assert len(scales) == times - 1 and not [aval for aval in guarded if aval.dtype == np.uint8]  # slices of the stack
+    for want, got in zip(found[None][1], found[store.again_seconds][1], strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
 def normed(h, w):
     y = h @ w
     y = (y - jnp.mean(y, axis=-1, keepdims=True)) * jax.lax.rsqrt(jnp.var(y, axis=-1, keepdims=True) + 1e-5)
