@@ -197,12 +197,15 @@ class Tile:
 
     def scores(self, q, k, masked: bool):
         """Return the masked scores in units of log 2, and the derivative of the cap or None."""
-        scores, slope = tiles.capped(self.spec, dot(k, q, 1, 1))
+        products, keep = dot(k, q, 1, 1), self._keep() if masked else None
+        if self.spec.soft_cap is None and not {"bias", "slopes"} & set(self.refs):
+            return tiles.hide(products * (self.spec.scale * LOG2E), keep), None
+        scores, slope = tiles.capped(self.spec, products)
         if "bias" in self.refs:
             scores = scores + self._plane("bias")
         if "slopes" in self.refs:
             scores = scores + self.refs["slopes"][0][:, :1] * (self.columns - self.rows).astype(jnp.float32)
-        return tiles.hide(scores * LOG2E, self._keep() if masked else None), slope
+        return tiles.hide(scores * LOG2E, keep), slope
 
     def _plane(self, name: str):
         """Return this part of a `[queries, keys]` operand, either of which may be 1, as keys x queries in float32."""
