@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -389,13 +390,55 @@ def test_places_hold_no_activations_without_a_batch_axis():
     assert not any("data" in axes for specs in found.made.values() for spec in specs for axes in spec)
 
 
-def test_auto_takes_the_quickest_that_fits_and_shows_the_runners_up():
+def test_auto_splits_parameters_and_state_in_full_and_takes_the_quickest_of_these():
     fn, args = make_step()
-    step = memopt.optimize(fn, passes=[Shard(mesh_of("data"), "auto", least_elements=64)])
+    step = memopt.optimize(fn, passes=[Shard(mesh_of("data"), "auto", least_elements=16)])
     rows = [d for d in step.plan(*args).decisions if d.name.startswith("shard/auto/")]
     assert [d.choice for d in rows].count("chosen") == 1 and len(rows) > 3
-    sent = [float(d.reason.split()[1]) for d in rows if "collectives" in d.reason]
-    assert sent[0] <= min(float(d.reason.split()[1]) for d in rows if "not planned" in d.reason)
+    quicker = [d for d in rows if d.collective_seconds < rows[0].collective_seconds]
+    assert quicker and all("not all of parameters and state split" in d.reason for d in quicker)
+    leaves = zip(jax.tree.leaves(args[0]), jax.tree.leaves(step.shardings(*args)[0][0]), strict=True)
+    sizes = [(leaf.size, int(np.prod(place.shard_shape(leaf.shape)))) for leaf, place in leaves]
+    assert sum(held for _, held in sizes) <= 1.05 * sum(size for size, _ in sizes) / 8
+
+
+#: Collective seconds, bytes of state and predicted peak of each candidate of four devices.
+FIGURES = {
+    "zero1 on 4": (3.0, 60, 90),
+    "zero2 on 4": (2.0, 60, 80),
+    "zero3 on 4": (5.0, 25, 70),
+    "zero1+tensor on 2x2": (3.5, 40, 60),
+    "zero3+tensor on 2x2": (4.5, 26, 65),
+    "zero3+tensor+sequence on 2x2": (4.0, 25, 120),
+}
+
+
+@pytest.mark.parametrize(
+    "budget, expected",
+    [
+        (None, "zero3+tensor+sequence on 2x2"),  # split in full, quickest
+        (100, "zero3+tensor on 2x2"),  # split in full within 5 %, quickest of those that fit
+        (62, "zero1+tensor on 2x2"),  # nothing that is split in full fits
+        (50, "zero1+tensor on 2x2"),  # nothing fits: the smallest peak
+    ],
+)
+def test_auto_takes_whole_parameters_only_where_nothing_that_is_split_in_full_fits(budget, expected):
+    class Ladder:
+        first = 0
+
+        def __init__(self, one):
+            rung = types.SimpleNamespace(predicted_peak_bytes=FIGURES[one.title][2], seconds=0.0)
+            self.title, self.rungs, self.sketched = one.title, [rung], False
+
+    def lay_out(one):
+        one.collective_seconds, one.state_bytes, _ = FIGURES[one.title]
+        one.argument_bytes = one.state_bytes
+
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    found = list(_shard_auto.search(mesh, lay_out, lambda one, _: Ladder(one), lambda _: budget))
+    assert found[0].title == expected and len(found) == len(FIGURES)
+    assert {ladder.rows[0].choice for ladder in found} == {"chosen"}
+    assert {d.name.removeprefix("shard/auto/") for d in found[0].rows} == set(FIGURES)
 
 
 def test_auto_plans_the_chosen_one_alone_in_full(monkeypatch):
