@@ -93,8 +93,9 @@ class Local:
         flat = _inline.inline(closed, respect_checkpoint=True)
         if flat is not closed:
             flat = c.close(c.dce(flat)[0], c.jaxpr_consts(flat))
-        Spread(self.sizes, self.specs, set(self.specs), self.origins).run(c.open_jaxpr(flat))
-        return self._twins.closed(flat)
+        spread = Spread(self.sizes, self.specs, set(self.specs), self.origins)
+        spread.run(c.open_jaxpr(flat))
+        return self._twins.step(flat, spread.rules)
 
     def describe(self, closed: Any) -> str:
         """Return the mesh and over how many devices each argument is split, as text."""
@@ -213,25 +214,38 @@ class Spread:
         self.sizes, self.specs, self.fixed = sizes, specs, fixed
         self.origins = origins or {}
         self.factors: list[_local_rules.Factor] = []
-        self.unknown: list[tuple[Any, str]] = []  # equations without a rule, with their full name stacks
+        self.rules: dict[int, list[_local_rules.Factor] | None] = {}  # id of an equation without bodies -> its factors
+        self.unknown: list[Any] = []  # equations without a rule
         self.seen: list[Any] = []
-        self.made: list[tuple[Any, str]] = []  # all equations without bodies, with their full name stacks
+        self.made: list[tuple[Any, tuple]] = []  # equations without bodies, with all their name stacks
         self.refused: dict[Any, None] = {}  # variables that two operations want cut along one axis in two ways
 
     def run(self, jaxpr: Any) -> None:
         """Spread what is known over a jaxpr and the bodies in it, until nothing changes."""
-        self._collect(jaxpr, "")
+        self._collect(jaxpr, ())
+        touching: dict[Any, list[int]] = {}
+        for i, factor in enumerate(self.factors):
+            for var, _ in factor.places:
+                touching.setdefault(var, []).append(i)
+        waiting: set[int] = set()  # factors with a place whose spec changed since they were last passed on
         for phase in (_local_rules.EARLY, _local_rules.LATER, _local_rules.LAST):
-            active = [f for f in self.factors if f.phase <= phase]
+            active = [i for i, f in enumerate(self.factors) if f.phase <= phase]
+            waiting.update(i for i in active if self._is_new(self.factors[i], phase))
             for _ in range(_MOST_SWEEPS):
-                changed = [self._pass_on(f, phase) for f in active]
-                changed += [self._pass_on(f, phase) for f in reversed(active)]
-                if not any(changed):
+                for i in (*active, *reversed(active)):
+                    if i in waiting:
+                        waiting.discard(i)
+                        waiting.update(j for var in self._pass_on(self.factors[i], phase) for j in touching[var])
+                if waiting.isdisjoint(active):
                     break
         for var in self.seen:
             self.specs.setdefault(var, _open(var))
 
-    def _collect(self, jaxpr: Any, stack: str) -> None:
+    def _is_new(self, factor: _local_rules.Factor, phase: int) -> bool:
+        """Say whether a factor does in this phase what it did not before."""
+        return factor.phase == phase or (phase == _local_rules.LAST and factor.receives is not None)
+
+    def _collect(self, jaxpr: Any, stacks: tuple) -> None:
         self.seen += [*jaxpr.constvars, *jaxpr.invars]
         for eqn in jaxpr.eqns:
             atoms = (*eqn.invars, *eqn.outvars)
@@ -239,7 +253,7 @@ class Spread:
                 continue
             self.seen += eqn.outvars
             self._fix_results(eqn)
-            here = "/".join(part for part in (stack, str(c.name_stack(eqn))) if part)
+            here = (*stacks, c.name_stack(eqn))
             tied = _local_rules.ties(eqn)
             if tied is not None:
                 for body, factors in tied:
@@ -248,9 +262,9 @@ class Spread:
                     self._add(factors)
                 continue
             self.made.append((eqn, here))
-            factors = _local_rules.factors_of(eqn)
+            factors = self.rules[id(eqn)] = _local_rules.factors_of(eqn)
             if factors is None:
-                self.unknown.append((eqn, here))
+                self.unknown.append(eqn)
             self._add(factors or ())
 
     def _add(self, factors: Any) -> None:
@@ -274,23 +288,23 @@ class Spread:
                 self.specs[var] = spec_of(spec, len(getattr(var.aval, "shape", ())))
                 self.fixed.add(var)
 
-    def _pass_on(self, factor: _local_rules.Factor, phase: int) -> bool:
-        """Give the longest list of axes in a factor to all its places that can take it."""
-        specs, changed = self.specs, False
+    def _pass_on(self, factor: _local_rules.Factor, phase: int) -> list[Any]:
+        """Give the longest list of axes in a factor to all its places that can take it; return whose spec changed."""
+        specs, changed = self.specs, []
         axes: tuple[str, ...] = ()
         for var, dim in factor.places:
             spec = specs.get(var)
             if spec is not None and len(spec[dim]) > len(axes):
                 axes = spec[dim]
         if not axes:
-            return False
+            return changed
         every = factor.receives is None or phase == _local_rules.LAST
         takers = factor.places if every else factor.places[: factor.receives]
         for var, dim in takers:
             if var not in self.fixed and self._can_take(var, dim, axes):
                 spec = specs.get(var) or _open(var)
                 specs[var] = (*spec[:dim], axes, *spec[dim + 1 :])
-                changed = True
+                changed.append(var)
         return changed
 
     def _can_take(self, var: Any, dim: int, axes: tuple[str, ...]) -> bool:
@@ -310,7 +324,7 @@ class Spread:
 def _look_up(local: Local, spread: Spread, jaxpr: Any, shardings: Shardings) -> None:
     """Correct the specs by the compiled program, where large values' shardings are unknown or in conflict."""
     least = _NEGLIGIBLE * sum(aval_bytes(v.aval) for v in jaxpr.invars)
-    unknown = {v for eqn, _ in spread.unknown if _is_open(local, eqn) for v in eqn.outvars}
+    unknown = {v for eqn in spread.unknown if _is_open(local, eqn) for v in eqn.outvars}
     doubtful = [v for v in dict.fromkeys((*unknown, *spread.refused)) if aval_bytes(v.aval) > least]
     if not doubtful:
         return
@@ -326,7 +340,7 @@ def _look_up(local: Local, spread: Spread, jaxpr: Any, shardings: Shardings) -> 
         again = Spread(local.sizes, {**told, **fixed}, {*told, *fixed})
         again.run(jaxpr)
         local.specs.update(again.specs)
-        for eqn, _ in spread.unknown:
+        for eqn in spread.unknown:
             if any(v in told for v in eqn.outvars):
                 local.origins[id(eqn.params)] = (eqn.params, [local.specs[v] for v in eqn.outvars])
     missed = [v for v in doubtful if v in unknown and v not in told]
@@ -338,10 +352,11 @@ def _is_open(local: Local, eqn: Any) -> bool:
     return cut and not any(any(local.specs.get(v, ())) for v in eqn.outvars)
 
 
-def _told(local: Local, made: Sequence[tuple[Any, str]], parts: Any) -> dict[Any, Spec]:
+def _told(local: Local, made: Sequence[tuple[Any, tuple]], parts: Any) -> dict[Any, Spec]:
     """Return the specs that the compiled program tells, of variables that are not fixed otherwise."""
     told: dict[Any, Spec] = {}
-    for eqn, stack in made if parts else ():
+    for eqn, stacks in made if parts else ():
+        stack = "/".join(part for part in map(str, stacks) if part)
         shapes = _local_hlo.find(parts, stack, eqn.primitive.name, [tuple(_shape(v)) for v in eqn.outvars])
         for var, shape in zip(eqn.outvars, shapes or (), strict=False):
             near = [v for v in (var, *eqn.invars) if not isinstance(v, c.Literal)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -34,6 +35,14 @@ class Twins:
         self._bodies: dict[int, tuple[Any, Any]] = {}  # id -> the jaxpr, so that the id stays its own; its twin
         self._eqns: dict[int, tuple[Any, Any]] = {}
         self._alone = True  # the equation in hand has no gathered operand
+        self._rules: Mapping[int, Any] = {}
+
+    def step(self, closed: Any, rules: Mapping[int, Any]) -> Any:
+        """Return the twin of a step; `rules` holds the factors of its equations, as far as they are known, by id."""
+        self._rules = rules
+        twin = self.closed(closed)
+        self._rules = {}  # an id is one of this step's alone
+        return twin
 
     def closed(self, closed: Any) -> Any:
         """Return the twin of a closed or open jaxpr."""
@@ -80,7 +89,8 @@ class Twins:
             if source.aval.shape != target.aval.shape:
                 return self._move(eqn, source, target)
         elif eqn.primitive.name not in _KEPT:
-            factors = _local_rules.factors_of(eqn)
+            known = self._rules
+            factors = known[id(eqn)] if id(eqn) in known else _local_rules.factors_of(eqn)
             if factors:
                 return self._partitioned(eqn, factors, gathered)
         invars = [self._var(v) for v in eqn.invars]
