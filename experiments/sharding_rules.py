@@ -33,6 +33,7 @@ LOGICAL = {
     "head": ("embed", "vocab"),
 }
 RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+FIGURES = ("fits", "peak_bytes", "xla_remat_ops", "compile_seconds")
 COLUMNS = (
     _report.Column("rules", "shardings"),
     _report.Column("mesh", "mesh"),
@@ -98,12 +99,38 @@ def row_by_hand(case: str, ways: int, options: Any) -> dict[str, Any]:
     flops = [memopt.matmul_flops(jax.make_jaxpr(fn)(*args)) for fn in (plain, step)]
     row["repeated_share"] = flops[1] / flops[0] - 1
     settings = {"in_shardings": places, "out_shardings": (places[0], None)} | jit_options
-    memory = memopt.measure(step, *args, target=target, **settings)
-    row |= {name: getattr(memory, name) for name in ("fits", "peak_bytes", "xla_remat_ops", "compile_seconds")}
-    if memory.fits:  # once more, for its text
-        compiled = jax.jit(step, **settings).lower(*args).compile()
-        row |= _sharded.compiled_sends(memopt.collectives(compiled), target)
-    return row
+    kept = Kept(jax.jit(step, **settings))
+    memory = memopt.measure(kept, *args, target=target)
+    row |= {name: getattr(memory, name) for name in FIGURES}
+    return row | (_sharded.compiled_sends(memopt.collectives(kept.compiled), target) if memory.fits else {})
+
+
+class Kept:
+    """A jitted step that remembers its compiled program: one compilation then gives figures and text.
+
+    Args:
+      jitted: a function wrapped by `jax.jit`.
+    """
+
+    def __init__(self, jitted: Any):
+        self.stage, self.compiled = jitted, None
+
+    def trace(self, *args: Any, **kwargs: Any) -> Kept:
+        """Trace, as `jax.jit(...).trace`."""
+        return self._next(self.stage.trace(*args, **kwargs))
+
+    def lower(self, *args: Any, **kwargs: Any) -> Kept:
+        """Lower, as a traced function's `lower`."""
+        return self._next(self.stage.lower(*args, **kwargs))
+
+    def compile(self, *args: Any, **kwargs: Any) -> Any:
+        """Compile, as a lowered function's `compile`, and remember the result."""
+        self.compiled = self.stage.compile(*args, **kwargs)
+        return self.compiled
+
+    def _next(self, stage: Any) -> Kept:
+        self.stage = stage
+        return self
 
 
 def row_of_auto(case: str, budget: int | None, options: Any) -> dict[str, Any]:
@@ -124,7 +151,7 @@ def row_of_auto(case: str, budget: int | None, options: Any) -> dict[str, Any]:
         return row | {"fits": False, "note": f"no plan fits: {error.smallest_peak_bytes} bytes at least"}
     memory, plan = planned.measure(*args), planned.plan(*args)
     chosen = next(d.name for d in plan.decisions if d.name.startswith("shard/auto/"))
-    row |= {name: getattr(memory, name) for name in ("fits", "peak_bytes", "xla_remat_ops", "compile_seconds")}
+    row |= {name: getattr(memory, name) for name in FIGURES}
     row |= {"mesh": chosen.removeprefix("shard/auto/"), "repeated_share": plan.recompute_flops / plan.baseline_flops}
     row["state_bytes"] = _sharded.state_bytes(args[0], planned.shardings(*args)[0][0])[0]
     row["planning_seconds"] = plan.planning_seconds
