@@ -95,14 +95,26 @@ def row_by_hand(case: str, ways: int, options: Any) -> dict[str, Any]:
     places = placed(*args, mesh)
     row = {"rules": f"by hand, {options.remat} saved", "mesh": f"fsdp={devices // ways}, tensor={ways}"}
     row["state_bytes"] = _sharded.state_bytes(args[0], places[0])[0]
-    plain = _sharded.step_of(model, batch, options.length, options.layers)[0]
-    flops = [memopt.matmul_flops(jax.make_jaxpr(fn)(*args)) for fn in (plain, step)]
-    row["repeated_share"] = flops[1] / flops[0] - 1
+    plain = _sharded.step_of(model, batch, options.length, options.layers)
+    row["repeated_share"] = repeated_share(plain, (step, args))
     settings = {"in_shardings": places, "out_shardings": (places[0], None)} | jit_options
     kept = Kept(jax.jit(step, **settings))
     memory = memopt.measure(kept, *args, target=target)
     row |= {name: getattr(memory, name) for name in FIGURES}
     return row | (_sharded.compiled_sends(memopt.collectives(kept.compiled), target) if memory.fits else {})
+
+
+def repeated_share(plain: Any, checkpointed: Any) -> float:
+    """Return the FLOPs that a step repeats, as a part of the plain step's; each comes with its own arguments.
+
+    A training state brings its model along: one step over the other's arguments would be the other step.
+    """
+    import jax
+
+    import memopt
+
+    flops = [memopt.matmul_flops(jax.make_jaxpr(fn)(*args)) for fn, args, *_ in (plain, checkpointed)]
+    return flops[1] / flops[0] - 1
 
 
 class Kept:

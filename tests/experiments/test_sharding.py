@@ -76,10 +76,24 @@ def test_rules_split_the_embedding_dimension_over_fsdp_and_the_others_over_tenso
     assert {s.spec for s in jax.tree.leaves(batch)} == {PartitionSpec("fsdp")}
 
 
-def memopt_llama():
+def memopt_llama(**options):
     from memopt.models.steps import reference_step
 
-    return reference_step("llama_1b", tiny=True, batch=8)
+    return reference_step("llama_1b", tiny=True, batch=8, **options)
+
+
+@pytest.mark.loose_promotion
+def test_a_checkpointed_step_repeats_flops():
+    plain, checkpointed = memopt_llama(), memopt_llama(remat="nothing")
+    assert sharding_rules.repeated_share(plain, plain) == 0 < sharding_rules.repeated_share(plain, checkpointed) < 1
+
+
+def test_one_compilation_gives_figures_and_the_program():
+    place = NamedSharding(mesh_of(8), PartitionSpec("fsdp"))
+    kept = sharding_rules.Kept(jax.jit(lambda x: x + x.sum(), in_shardings=place))
+    memory = memopt.measure(kept, jax.ShapeDtypeStruct((64,), np.float32), target="cpu")
+    assert memory.argument_bytes == 32 and memory.fits
+    assert [one.kind for one in memopt.collectives(kept.compiled)] == ["all-reduce"]
 
 
 def test_the_verdict_names_the_rules_that_are_better():
