@@ -65,6 +65,7 @@ class Local:
     def __init__(self, sizes: Mapping[str, int], specs: dict[Any, Spec], notes: tuple[str, ...] = ()):
         self.sizes, self.specs, self.notes = dict(sizes), specs, notes
         self.origins: dict[int, tuple[Any, list[Spec]]] = {}  # of an unknown operation: its parameters, its results
+        self.copied: dict[Any, tuple[Any, list[Spec]]] = {}  # of each operation, by `_key`: its parameters, its results
         self.compile_seconds = 0.0  # spent on the plain step's compiled program
         self._twins = Twins(self)
 
@@ -93,9 +94,8 @@ class Local:
         flat = _inline.inline(closed, respect_checkpoint=True)
         if flat is not closed:
             flat = c.close(c.dce(flat)[0], c.jaxpr_consts(flat))
-        spread = Spread(self.sizes, self.specs, set(self.specs), self.origins)
-        spread.run(c.open_jaxpr(flat))
-        return self._twins.step(flat, spread.rules)
+        Spread(self.sizes, self.specs, set(self.specs), self.origins, self.copied).run(c.open_jaxpr(flat))
+        return self._twins.closed(flat)
 
     def describe(self, closed: Any) -> str:
         """Return the mesh and over how many devices each argument is split, as text."""
@@ -135,7 +135,15 @@ def local_shapes(closed: Any, shardings: Shardings) -> Local | None:
     spread.run(jaxpr)
     local = Local(sizes, specs)
     _look_up(local, spread, jaxpr, shardings)
+    for eqn, _ in spread.made:
+        local.copied[_key(eqn, local.specs)] = eqn.params, [local.specs.get(v, _open(v)) for v in eqn.outvars]
     return local
+
+
+def _key(eqn: Any, specs: Mapping[Any, Spec]) -> Any:
+    """Return what an operation and its copies over values cut alike have in common: copies share the parameters."""
+    operands = (None if isinstance(v, c.Literal) else (v.aval.shape, specs[v]) for v in eqn.invars)
+    return id(eqn.params), *operands
 
 
 def _mesh_sizes(shardings: Shardings) -> dict[str, int]:
@@ -208,13 +216,20 @@ class Spread:
       specs: what is known already; filled further.
       fixed: variables whose spec may not change.
       origins: known results of operations without a rule, by their parameters.
+      copied: known results of operations by `_key`: a copy of one over values cut alike has results cut alike.
     """
 
-    def __init__(self, sizes: Mapping[str, int], specs: dict, fixed: set, origins: Mapping[int, Any] | None = None):
+    def __init__(
+        self,
+        sizes: Mapping[str, int],
+        specs: dict,
+        fixed: set,
+        origins: Mapping[int, Any] | None = None,
+        copied: Mapping[Any, Any] | None = None,
+    ):
         self.sizes, self.specs, self.fixed = sizes, specs, fixed
-        self.origins = origins or {}
+        self.origins, self.copied = origins or {}, copied or {}
         self.factors: list[_local_rules.Factor] = []
-        self.rules: dict[int, list[_local_rules.Factor] | None] = {}  # id of an equation without bodies -> its factors
         self.unknown: list[Any] = []  # equations without a rule
         self.seen: list[Any] = []
         self.made: list[tuple[Any, tuple]] = []  # equations without bodies, with all their name stacks
@@ -252,20 +267,51 @@ class Spread:
             if all(isinstance(v, c.Literal) or v in self.fixed for v in atoms) and not c.subjaxprs(eqn.params):
                 continue
             self.seen += eqn.outvars
+            if self._is_copy(eqn):
+                continue
             self._fix_results(eqn)
             here = (*stacks, c.name_stack(eqn))
             tied = _local_rules.ties(eqn)
             if tied is not None:
                 for body, factors in tied:
+                    self._enter(factors)
                     self._add(factors)
                     self._collect(body, here)
                     self._add(factors)
                 continue
             self.made.append((eqn, here))
-            factors = self.rules[id(eqn)] = _local_rules.factors_of(eqn)
+            factors = _local_rules.factors_of(eqn)
             if factors is None:
                 self.unknown.append(eqn)
             self._add(factors or ())
+
+    def _is_copy(self, eqn: Any) -> bool:
+        """Fix the results of a barrier or a known operation's copy, where all operands are fixed; say if it is one."""
+        if not self.copied or not all(isinstance(v, c.Literal) or v in self.fixed for v in eqn.invars):
+            return False
+        if eqn.primitive.name == "optimization_barrier":
+            found = [self.specs[v] for v in eqn.invars if not isinstance(v, c.Literal)]
+        else:
+            found = self.copied.get(_key(eqn, self.specs), (None, ()))[1]
+        if len(found) != len(eqn.outvars):
+            return False
+        for var, spec in zip(eqn.outvars, found, strict=True):
+            if var not in self.fixed:
+                self.specs[var] = spec
+                self.fixed.add(var)
+        return True
+
+    def _enter(self, factors: Any) -> None:
+        """Fix what a loop's body in a copy is given from fixed values outside."""
+        found: dict[Any, dict[int, tuple[str, ...]]] = {}
+        for one in factors if self.copied else ():
+            if len(one.places) == 2 and one.places[0][0] in self.fixed and one.places[1][0] not in self.fixed:
+                (outer, dim), (inner, inner_dim) = one.places
+                found.setdefault(inner, {})[inner_dim] = self.specs[outer][dim]
+        for inner, dims in found.items():
+            if len(dims) == len(_shape(inner)):
+                self.specs[inner] = tuple(dims[d] for d in range(len(dims)))
+                self.fixed.add(inner)
 
     def _add(self, factors: Any) -> None:
         self.factors += [f for f in factors if len(f.places) > 1 and any(v not in self.fixed for v, _ in f.places)]

@@ -11,7 +11,7 @@ import pytest
 
 import memopt
 from memopt import _compat as c
-from memopt import _inline, _planner, _verify
+from memopt import _inline, _local, _planner, _verify
 from memopt._collectives import totals
 from memopt._contract import Context
 from memopt._target import Target
@@ -456,6 +456,24 @@ def test_auto_plans_the_chosen_one_alone_in_full(monkeypatch):
     assert sketches.count(False) == 1 and not sketches[-1] and len(sketches) > 1
     assert any(known for _, known in made)  # what kernels made of the step is not made again
     assert [d.choice for d in plan.decisions if d.name.startswith("shard/auto/")].count("chosen") == 1
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "zero3+tensor+sequence"])
+def test_what_plans_repeat_is_cut_as_what_it_is_a_copy_of(strategy, monkeypatch):
+    real, saved = _local.Spread.run, []
+
+    def run(spread, jaxpr):
+        whole = _local.Spread(spread.sizes, dict(spread.specs), set(spread.fixed), spread.origins)
+        real(whole, jaxpr)
+        real(spread, jaxpr)
+        assert whole.specs == spread.specs
+        saved.append(len(whole.factors) - len(spread.factors))
+
+    monkeypatch.setattr(_local.Spread, "run", run)
+    fn, args = make_step()
+    passes = [memopt.passes.Remat(), Shard(mesh_of(strategy), strategy, least_elements=64)]
+    memopt.optimize(fn, passes=passes, budget="1GiB").plan(*args)
+    assert sum(count > 0 for count in saved) > 5
 
 
 def test_a_sketch_holds_some_of_the_plans_of_a_ladder():
