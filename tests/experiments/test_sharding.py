@@ -9,6 +9,7 @@ import sharding_rules
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import memopt
+from memopt import _compat as c
 from memopt._collectives import Collective
 
 
@@ -80,6 +81,23 @@ def memopt_llama(**options):
     from memopt.models.steps import reference_step
 
     return reference_step("llama_1b", tiny=True, batch=8, **options)
+
+
+@pytest.mark.loose_promotion
+def test_rules_for_activations_reach_every_module_that_has_one():
+    step, args, _ = memopt_llama(remat="nothing")
+    mesh = mesh_of(4, 2)
+    count = constraints_of(jax.make_jaxpr(sharding_rules.constrained(step, mesh))(*args))
+    assert constraints_of(jax.make_jaxpr(lambda *args: step(*args))(*args)) == 0
+    # of a block: q, k, v, o, gate, up, down and two norms, forward and again; beside: embed, norm and head
+    assert count >= 2 * 9 + 3
+
+
+def constraints_of(jaxpr):
+    """Count the constraints in a jaxpr, bodies included."""
+    eqns = c.open_jaxpr(jaxpr).eqns
+    inside = sum(constraints_of(body) for eqn in eqns for _, _, body in c.subjaxprs(eqn.params))
+    return inside + sum(eqn.primitive.name == "sharding_constraint" for eqn in eqns)
 
 
 @pytest.mark.loose_promotion
