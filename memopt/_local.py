@@ -286,11 +286,15 @@ class Spread:
             self._add(factors or ())
 
     def _is_copy(self, eqn: Any) -> bool:
-        """Fix the results of a barrier or a known operation's copy, where all operands are fixed; say if it is one."""
-        if not self.copied or not all(isinstance(v, c.Literal) or v in self.fixed for v in eqn.invars):
+        """Fix the results of a barrier or a known operation's copy, where all operands are fixed; say if it is one.
+
+        What is made of nothing is cut as its readers are.
+        """
+        operands = [v for v in eqn.invars if not isinstance(v, c.Literal)]
+        if not self.copied or not operands or not all(v in self.fixed for v in operands):
             return False
         if eqn.primitive.name == "optimization_barrier":
-            found = [self.specs[v] for v in eqn.invars if not isinstance(v, c.Literal)]
+            found = [self.specs[v] for v in operands]
         else:
             found = self.copied.get(_key(eqn, self.specs), (None, ()))[1]
         if len(found) != len(eqn.outvars):
