@@ -48,31 +48,31 @@ def mesh_of(target: str, strategy: str, second_ways: int) -> Any:
     return memopt.mesh(target, (ways // inner, inner), ("data", name))
 
 
-def state_bytes(state: Any, places: Any) -> tuple[int, int]:
+def state_bytes(state: Any, places: Any = None) -> tuple[int, int]:
     """Return the bytes of a state on one device, and in all.
 
     Args:
       state: a tree of shapes.
-      places: the sharding of each leaf, in the same tree.
+      places: the sharding of each leaf, in the same tree; None where one device holds all.
     """
     import jax
 
-    held = total = 0
-    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(places), strict=True):
-        total += math.prod(leaf.shape) * leaf.dtype.itemsize
-        held += math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    return held, total
+    leaves = jax.tree.leaves(state)
+    total = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    if places is None:
+        return total, total
+    pairs = zip(leaves, jax.tree.leaves(places), strict=True)
+    return sum(math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, place in pairs), total
 
 
 def predicted_sends(plan: Any) -> dict[str, float]:
-    """Return what a plan predicts of its collectives: bytes by kind, in all, and seconds, as the plan prints them."""
+    """Return what a plan predicts of its collectives: bytes by kind, bytes and seconds in all."""
     kinds = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
     rows = [d for d in plan.decisions if d.name.removeprefix("shard/") in kinds]
     found = {f"predicted_{d.name.removeprefix('shard/')}_bytes": float(d.value_bytes) for d in rows}
-    milliseconds = sum(float(d.reason.split(" ms")[0].rsplit(" ", 1)[1]) for d in rows)
     return found | {
         "predicted_sent_bytes": float(sum(d.value_bytes for d in rows)),
-        "predicted_collective_seconds": milliseconds / 1e3,
+        "predicted_collective_seconds": sum(d.collective_seconds for d in rows),
     }
 
 

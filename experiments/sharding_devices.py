@@ -11,7 +11,9 @@ device has; the smallest peak says what it could have done without. Nothing is c
 from __future__ import annotations
 
 import gc
+import math
 import pathlib
+from collections.abc import Iterable
 from typing import Any
 
 import _report
@@ -79,18 +81,17 @@ def row_of(devices: int, options: Any) -> dict[str, Any]:
     row["least_peak_bytes"] = min(point.peak_bytes for point in planned.frontier(*args))
     row["recompute_share"] = plan.recompute_flops / plan.baseline_flops
     places = planned.shardings(*args)[0][0] if devices > 1 else None
-    row |= _state(args[0], places, devices)
+    held, total = _sharded.state_bytes(args[0], places)
+    row |= {"state_bytes": held, "state_ratio": held * devices / total}
     return row | _sharded.predicted_sends(plan)
 
 
-def _state(state: Any, places: Any, devices: int) -> dict[str, float]:
-    import jax
-
-    if places is None:
-        total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-        return {"state_bytes": total, "state_ratio": 1.0}
-    held, total = _sharded.state_bytes(state, places)
-    return {"state_bytes": held, "state_ratio": held * devices / total}
+def gib_ticks(values: Iterable[float]) -> list[float]:
+    """Return the powers of two around some values, at most nine of them, evenly spaced on a log axis."""
+    values = [math.log2(value) for value in values]
+    low, high = math.floor(min(values)), math.ceil(max(values))
+    step = max(1, math.ceil((high - low) / 8))
+    return [2.0**power for power in range(low, high + step, step)]
 
 
 def draw(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
@@ -112,7 +113,10 @@ def draw(rows: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
         for axes in (left, right):
             axes.set_xticks(counts, [str(count) for count in counts])
             axes.minorticks_off()
-            axes.legend()
+            axes.legend(loc="lower left")
+        ticks = gib_ticks(row[key] / _report.GIB for row in rows for key, _ in lines)
+        left.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        left.set_ylim(ticks[0], ticks[-1])
         drawing.suptitle(title)
 
 

@@ -2,9 +2,10 @@
 
 The rules are those that MaxText's users start from: the embedding dimension of every weight is split over `fsdp`;
 heads, MLP and vocabulary over `tensor`; the batch over `fsdp`. They are given to `jax.jit` as `NamedSharding`s of the
-arguments and the new state, XLA's partitioner propagates the rest, and each block is under `jax.checkpoint`. "auto" is
-then given the smallest peak of these as its budget, and compiled too. Seconds are predicted from the collectives of
-each compiled program by one tariff. No TPU is needed and nothing runs.
+arguments and the new state, what each module returns is constrained by the rules for activations (without
+`--activations` that too is left to XLA's partitioner), and each block is under `jax.checkpoint`. "auto" is then given
+the smallest peak of these as its budget, and compiled too. Seconds are predicted from the collectives of each compiled
+program by one tariff. Rows that are finished are kept in the output folder. No TPU is needed and nothing runs.
 
     python experiments/sharding_rules.py --case=llama_8b:v5e:4x4 --tensor_ways=1,4
 """
@@ -33,6 +34,10 @@ LOGICAL = {
     "head": ("embed", "vocab"),
 }
 RULES = {"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+#: The logical axis of the last dimension of what a module returns; the first is the batch, the second the length.
+ACTIVATIONS = {name: axes[1] for name, axes in LOGICAL.items()} | dict.fromkeys(("embed", "norm"), "embed")
+ACTIVATION_RULES = RULES | {"embed": "tensor"}
+FIGURES = ("fits", "peak_bytes", "xla_remat_ops", "compile_seconds")
 COLUMNS = (
     _report.Column("rules", "shardings"),
     _report.Column("mesh", "mesh"),
@@ -51,6 +56,7 @@ def define_flags() -> None:
     """Define the flags; called when this file runs as a script, never at import."""
     flags.DEFINE_string("case", "llama_8b:v5e:4x4", "Step and mesh, as model:kind:topology.")
     flags.DEFINE_list("tensor_ways", ["1", "4"], "Devices along `tensor` of each mesh; the others are along `fsdp`.")
+    flags.DEFINE_bool("activations", True, "Constrain activations by hand too, else the state and the batch alone.")
     flags.DEFINE_string("remat", "nothing", "The jax.checkpoint policy of each block: nothing, dots_no_batch, qkvo.")
     flags.DEFINE_integer("batch", None, "Sequences in all; None for one on each device.")
     flags.DEFINE_integer("length", 2048, "Tokens of one sequence.")
@@ -79,6 +85,27 @@ def placed(state: Any, batch: Any, mesh: Any) -> tuple[Any, Any]:
     return jax.tree_util.tree_map_with_path(place, state), jax.tree.map(lambda _: rows, batch)
 
 
+def constrained(step: Any, mesh: Any) -> Any:
+    """Return a step whose modules' results are constrained by the rules for activations."""
+    import flax.linen as nn
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    def constrain(method: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        made = method(*args, **kwargs)
+        name = re.sub(r"_\w+$", "", context.module.name or "")
+        if name not in ACTIVATIONS or getattr(made, "ndim", 0) != 3:
+            return made
+        spec = PartitionSpec("fsdp", None, ACTIVATION_RULES[ACTIVATIONS[name]])
+        return jax.lax.with_sharding_constraint(made, NamedSharding(mesh, spec))
+
+    def run(state: Any, batch: Any) -> Any:
+        with nn.intercept_methods(constrain):
+            return step(state, batch)
+
+    return run
+
+
 def row_by_hand(case: str, ways: int, options: Any) -> dict[str, Any]:
     """Return the figures of the step under the rules on one mesh."""
     import jax
@@ -92,18 +119,57 @@ def row_by_hand(case: str, ways: int, options: Any) -> dict[str, Any]:
     batch = options.batch or devices
     step, args, jit_options = _sharded.step_of(model, batch, options.length, options.layers, options.remat)
     places = placed(*args, mesh)
-    row = {"rules": f"by hand, {options.remat} saved", "mesh": f"fsdp={devices // ways}, tensor={ways}"}
+    rules = f"by hand, {options.remat} saved" + ("" if options.activations else ", activations left to XLA")
+    row: dict[str, Any] = {"rules": rules, "mesh": f"fsdp={devices // ways}, tensor={ways}"}
     row["state_bytes"] = _sharded.state_bytes(args[0], places[0])[0]
-    plain = _sharded.step_of(model, batch, options.length, options.layers)[0]
-    flops = [memopt.matmul_flops(jax.make_jaxpr(fn)(*args)) for fn in (plain, step)]
-    row["repeated_share"] = flops[1] / flops[0] - 1
+    plain = _sharded.step_of(model, batch, options.length, options.layers)
+    row["repeated_share"] = repeated_share(plain, (step, args))
     settings = {"in_shardings": places, "out_shardings": (places[0], None)} | jit_options
-    memory = memopt.measure(step, *args, target=target, **settings)
-    row |= {name: getattr(memory, name) for name in ("fits", "peak_bytes", "xla_remat_ops", "compile_seconds")}
-    if memory.fits:  # once more, for its text
-        compiled = jax.jit(step, **settings).lower(*args).compile()
-        row |= _sharded.compiled_sends(memopt.collectives(compiled), target)
-    return row
+    kept = Kept(jax.jit(constrained(step, mesh) if options.activations else step, **settings))
+    memory = memopt.measure(kept, *args, target=target)
+    row |= {name: getattr(memory, name) for name in FIGURES}
+    return row | (_sharded.compiled_sends(memopt.collectives(kept.compiled), target) if memory.fits else {})
+
+
+def repeated_share(plain: Any, checkpointed: Any) -> float:
+    """Return the FLOPs that a step repeats, as a part of the plain step's; each comes with its own arguments.
+
+    A training state brings its model along: one step over the other's arguments would be the other step.
+    """
+    import jax
+
+    import memopt
+
+    flops = [memopt.matmul_flops(jax.make_jaxpr(fn)(*args)) for fn, args, *_ in (plain, checkpointed)]
+    return flops[1] / flops[0] - 1
+
+
+class Kept:
+    """A jitted step that remembers its compiled program: one compilation then gives figures and text.
+
+    Args:
+      jitted: a function wrapped by `jax.jit`.
+    """
+
+    def __init__(self, jitted: Any):
+        self.stage, self.compiled = jitted, None
+
+    def trace(self, *args: Any, **kwargs: Any) -> Kept:
+        """Trace, as `jax.jit(...).trace`."""
+        return self._next(self.stage.trace(*args, **kwargs))
+
+    def lower(self, *args: Any, **kwargs: Any) -> Kept:
+        """Lower, as a traced function's `lower`."""
+        return self._next(self.stage.lower(*args, **kwargs))
+
+    def compile(self, *args: Any, **kwargs: Any) -> Any:
+        """Compile, as a lowered function's `compile`, and remember the result."""
+        self.compiled = self.stage.compile(*args, **kwargs)
+        return self.compiled
+
+    def _next(self, stage: Any) -> Kept:
+        self.stage = stage
+        return self
 
 
 def row_of_auto(case: str, budget: int | None, options: Any) -> dict[str, Any]:
@@ -124,7 +190,7 @@ def row_of_auto(case: str, budget: int | None, options: Any) -> dict[str, Any]:
         return row | {"fits": False, "note": f"no plan fits: {error.smallest_peak_bytes} bytes at least"}
     memory, plan = planned.measure(*args), planned.plan(*args)
     chosen = next(d.name for d in plan.decisions if d.name.startswith("shard/auto/"))
-    row |= {name: getattr(memory, name) for name in ("fits", "peak_bytes", "xla_remat_ops", "compile_seconds")}
+    row |= {name: getattr(memory, name) for name in FIGURES}
     row |= {"mesh": chosen.removeprefix("shard/auto/"), "repeated_share": plan.recompute_flops / plan.baseline_flops}
     row["state_bytes"] = _sharded.state_bytes(args[0], planned.shardings(*args)[0][0])[0]
     row["planning_seconds"] = plan.planning_seconds
@@ -149,14 +215,22 @@ def verdict(auto: dict[str, Any], by_hand: list[dict[str, Any]]) -> str:
 def main(_: Any) -> None:
     """Compile the step under the rules on every mesh, then under "auto"."""
     options, folder = flags.FLAGS, pathlib.Path(flags.FLAGS.out_dir)
+    names = ("remat", "activations", "batch", "length", "layers")
+    settings = {name: getattr(options, name) for name in names} | {"environment": _report.environment(commit=False)}
+    cache = _report.Cache(folder / "rows.json", settings)
     rows: list[dict[str, Any]] = []
     for ways in map(int, options.tensor_ways):
-        rows.append(row_by_hand(options.case, ways, options))
+        key = f"{options.case} {ways}"
+        rows.append(cache.get(key) or row_by_hand(options.case, ways, options))
+        cache.put(key, rows[-1])
         print(rows[-1], flush=True)
         _report.write_csv(folder / "rules.csv", rows)
         gc.collect()
     budget = min((row["peak_bytes"] for row in rows if row["fits"]), default=None)
-    auto = row_of_auto(options.case, budget, options)
+    key = f"{options.case} auto {budget}"
+    auto = cache.get(key) or row_of_auto(options.case, budget, options)
+    cache.put(key, auto)
+    print(auto, flush=True)
     auto["note"] = auto.get("note") or verdict(auto, rows)
     rows.append(auto)
     _report.write_csv(folder / "rules.csv", rows)

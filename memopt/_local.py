@@ -20,16 +20,14 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from memopt import _compat as c
-from memopt import _inline, _local_hlo, _local_rules
+from memopt import _inline, _local_hlo
 from memopt._errors import format_bytes
+from memopt._local_spread import Spec, Spread, operation_key, spec_of, uncut
 from memopt._local_twin import Twins
 from memopt._sizes import aval_bytes
 
-Spec = tuple[tuple[str, ...], ...]  # for each dimension the mesh axes that cut it
-
 #: Values of unknown sharding smaller than this share of the arguments change no plan, and nothing is compiled for them.
 _NEGLIGIBLE = 0.01
-_MOST_SWEEPS = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,12 +63,13 @@ class Local:
     def __init__(self, sizes: Mapping[str, int], specs: dict[Any, Spec], notes: tuple[str, ...] = ()):
         self.sizes, self.specs, self.notes = dict(sizes), specs, notes
         self.origins: dict[int, tuple[Any, list[Spec]]] = {}  # of an unknown operation: its parameters, its results
+        self.copied: dict[Any, tuple[Any, list[Spec]]] = {}  # the same of every operation, by `operation_key`
         self.compile_seconds = 0.0  # spent on the plain step's compiled program
         self._twins = Twins(self)
 
     def divisors(self, var: Any) -> tuple[int, ...]:
         """Return over how many devices each dimension of a variable is split."""
-        return tuple(self._count(axes) for axes in self.specs.get(var, _open(var)))
+        return tuple(self._count(axes) for axes in self.specs.get(var, uncut(var)))
 
     def aval(self, var: Any) -> Any:
         """Return the abstract value that one device holds of a variable."""
@@ -93,7 +92,7 @@ class Local:
         flat = _inline.inline(closed, respect_checkpoint=True)
         if flat is not closed:
             flat = c.close(c.dce(flat)[0], c.jaxpr_consts(flat))
-        Spread(self.sizes, self.specs, set(self.specs), self.origins).run(c.open_jaxpr(flat))
+        Spread(self.sizes, self.specs, set(self.specs), self.origins, self.copied).run(c.open_jaxpr(flat))
         return self._twins.closed(flat)
 
     def describe(self, closed: Any) -> str:
@@ -134,6 +133,8 @@ def local_shapes(closed: Any, shardings: Shardings) -> Local | None:
     spread.run(jaxpr)
     local = Local(sizes, specs)
     _look_up(local, spread, jaxpr, shardings)
+    for eqn, _ in spread.made:
+        local.copied[operation_key(eqn, local.specs)] = eqn.params, [local.specs.get(v, uncut(v)) for v in eqn.outvars]
     return local
 
 
@@ -153,13 +154,6 @@ def _fix(specs: dict, var: Any, sharding: Any, sizes: Mapping[str, int]) -> None
     elif sharding is not None and len(sharding.device_set) > 1:
         shape = var.aval.shape
         specs[var] = spec_of_shape(shape, sharding.shard_shape(shape), sizes) or ((),) * len(shape)
-
-
-def spec_of(spec: Any, rank: int) -> Spec:
-    """Return a `PartitionSpec` as a tuple of axis names for each dimension."""
-    entries = [() if e is None or e is PartitionSpec.UNCONSTRAINED else e for e in spec][:rank]
-    named = [tuple(e) if isinstance(e, tuple) else ((e,) if e else ()) for e in entries]
-    return (*named, *((),) * (rank - len(named)))
 
 
 def spec_of_shape(
@@ -195,122 +189,10 @@ def _axes_of(size: int, part: int, sizes: dict[str, int], free: list[str]) -> tu
     return (*axes, f"{whole}:{rest}")
 
 
-def _open(var: Any) -> Spec:
-    return ((),) * len(getattr(var.aval, "shape", ()))
-
-
-class Spread:
-    """One run of propagation.
-
-    Args:
-      sizes: mesh axis -> devices.
-      specs: what is known already; filled further.
-      fixed: variables whose spec may not change.
-      origins: known results of operations without a rule, by their parameters.
-    """
-
-    def __init__(self, sizes: Mapping[str, int], specs: dict, fixed: set, origins: Mapping[int, Any] | None = None):
-        self.sizes, self.specs, self.fixed = sizes, specs, fixed
-        self.origins = origins or {}
-        self.factors: list[_local_rules.Factor] = []
-        self.unknown: list[tuple[Any, str]] = []  # equations without a rule, with their full name stacks
-        self.seen: list[Any] = []
-        self.made: list[tuple[Any, str]] = []  # all equations without bodies, with their full name stacks
-        self.refused: dict[Any, None] = {}  # variables that two operations want cut along one axis in two ways
-
-    def run(self, jaxpr: Any) -> None:
-        """Spread what is known over a jaxpr and the bodies in it, until nothing changes."""
-        self._collect(jaxpr, "")
-        for phase in (_local_rules.EARLY, _local_rules.LATER, _local_rules.LAST):
-            active = [f for f in self.factors if f.phase <= phase]
-            for _ in range(_MOST_SWEEPS):
-                changed = [self._pass_on(f, phase) for f in active]
-                changed += [self._pass_on(f, phase) for f in reversed(active)]
-                if not any(changed):
-                    break
-        for var in self.seen:
-            self.specs.setdefault(var, _open(var))
-
-    def _collect(self, jaxpr: Any, stack: str) -> None:
-        self.seen += [*jaxpr.constvars, *jaxpr.invars]
-        for eqn in jaxpr.eqns:
-            atoms = (*eqn.invars, *eqn.outvars)
-            if all(isinstance(v, c.Literal) or v in self.fixed for v in atoms) and not c.subjaxprs(eqn.params):
-                continue
-            self.seen += eqn.outvars
-            self._fix_results(eqn)
-            here = "/".join(part for part in (stack, str(c.name_stack(eqn))) if part)
-            tied = _local_rules.ties(eqn)
-            if tied is not None:
-                for body, factors in tied:
-                    self._add(factors)
-                    self._collect(body, here)
-                    self._add(factors)
-                continue
-            self.made.append((eqn, here))
-            factors = _local_rules.factors_of(eqn)
-            if factors is None:
-                self.unknown.append((eqn, here))
-            self._add(factors or ())
-
-    def _add(self, factors: Any) -> None:
-        self.factors += [f for f in factors if len(f.places) > 1 and any(v not in self.fixed for v, _ in f.places)]
-
-    def _fix_results(self, eqn: Any) -> None:
-        """Fix what an equation itself says about its results' shardings."""
-        name, params = eqn.primitive.name, eqn.params
-        said: list[Any] = []
-        if name == "sharding_constraint":
-            said = [getattr(params["sharding"], "spec", None)]
-        elif name == "shard_map":
-            said = list(params.get("out_specs", ()))
-        elif id(params) in self.origins:
-            said = [PartitionSpec(*(axes or None for axes in s)) for s in self.origins[id(params)][1]]
-        else:
-            said = [getattr(getattr(v.aval, "sharding", None), "spec", None) for v in eqn.outvars]
-            said = [s if s is not None and any(e is not None for e in s) else None for s in said]
-        for var, spec in zip(eqn.outvars, said, strict=False):
-            if spec is not None and var not in self.fixed:
-                self.specs[var] = spec_of(spec, len(getattr(var.aval, "shape", ())))
-                self.fixed.add(var)
-
-    def _pass_on(self, factor: _local_rules.Factor, phase: int) -> bool:
-        """Give the longest list of axes in a factor to all its places that can take it."""
-        specs, changed = self.specs, False
-        axes: tuple[str, ...] = ()
-        for var, dim in factor.places:
-            spec = specs.get(var)
-            if spec is not None and len(spec[dim]) > len(axes):
-                axes = spec[dim]
-        if not axes:
-            return False
-        every = factor.receives is None or phase == _local_rules.LAST
-        takers = factor.places if every else factor.places[: factor.receives]
-        for var, dim in takers:
-            if var not in self.fixed and self._can_take(var, dim, axes):
-                spec = specs.get(var) or _open(var)
-                specs[var] = (*spec[:dim], axes, *spec[dim + 1 :])
-                changed = True
-        return changed
-
-    def _can_take(self, var: Any, dim: int, axes: tuple[str, ...]) -> bool:
-        spec = self.specs.get(var)
-        if var.aval.shape[dim] < math.prod(self.sizes[a] for a in axes):
-            return False
-        if spec is None:
-            return True
-        if spec[dim] == axes or spec[dim] != axes[: len(spec[dim])]:
-            return False
-        if any(a in other for i, other in enumerate(spec) if i != dim for a in axes):
-            self.refused[var] = None
-            return False
-        return True
-
-
 def _look_up(local: Local, spread: Spread, jaxpr: Any, shardings: Shardings) -> None:
     """Correct the specs by the compiled program, where large values' shardings are unknown or in conflict."""
     least = _NEGLIGIBLE * sum(aval_bytes(v.aval) for v in jaxpr.invars)
-    unknown = {v for eqn, _ in spread.unknown if _is_open(local, eqn) for v in eqn.outvars}
+    unknown = {v for eqn in spread.unknown if _is_open(local, eqn) for v in eqn.outvars}
     doubtful = [v for v in dict.fromkeys((*unknown, *spread.refused)) if aval_bytes(v.aval) > least]
     if not doubtful:
         return
@@ -326,7 +208,7 @@ def _look_up(local: Local, spread: Spread, jaxpr: Any, shardings: Shardings) -> 
         again = Spread(local.sizes, {**told, **fixed}, {*told, *fixed})
         again.run(jaxpr)
         local.specs.update(again.specs)
-        for eqn, _ in spread.unknown:
+        for eqn in spread.unknown:
             if any(v in told for v in eqn.outvars):
                 local.origins[id(eqn.params)] = (eqn.params, [local.specs[v] for v in eqn.outvars])
     missed = [v for v in doubtful if v in unknown and v not in told]
@@ -338,10 +220,11 @@ def _is_open(local: Local, eqn: Any) -> bool:
     return cut and not any(any(local.specs.get(v, ())) for v in eqn.outvars)
 
 
-def _told(local: Local, made: Sequence[tuple[Any, str]], parts: Any) -> dict[Any, Spec]:
+def _told(local: Local, made: Sequence[tuple[Any, tuple]], parts: Any) -> dict[Any, Spec]:
     """Return the specs that the compiled program tells, of variables that are not fixed otherwise."""
     told: dict[Any, Spec] = {}
-    for eqn, stack in made if parts else ():
+    for eqn, stacks in made if parts else ():
+        stack = "/".join(part for part in map(str, stacks) if part)
         shapes = _local_hlo.find(parts, stack, eqn.primitive.name, [tuple(_shape(v)) for v in eqn.outvars])
         for var, shape in zip(eqn.outvars, shapes or (), strict=False):
             near = [v for v in (var, *eqn.invars) if not isinstance(v, c.Literal)]

@@ -34,6 +34,7 @@ class Twins:
         self._bodies: dict[int, tuple[Any, Any]] = {}  # id -> the jaxpr, so that the id stays its own; its twin
         self._eqns: dict[int, tuple[Any, Any]] = {}
         self._alone = True  # the equation in hand has no gathered operand
+        self._runs: dict[Any, tuple[Any, list | None]] = {}  # what copies of an operation share -> how it runs
 
     def closed(self, closed: Any) -> Any:
         """Return the twin of a closed or open jaxpr."""
@@ -80,9 +81,9 @@ class Twins:
             if source.aval.shape != target.aval.shape:
                 return self._move(eqn, source, target)
         elif eqn.primitive.name not in _KEPT:
-            factors = _local_rules.factors_of(eqn)
-            if factors:
-                return self._partitioned(eqn, factors, gathered)
+            run = self._run(eqn)
+            if run is not None:
+                return self._partitioned(eqn, run, gathered)
         invars = [self._var(v) for v in eqn.invars]
         return c.replace_eqn(eqn, invars=invars, outvars=[self._var(v) for v in eqn.outvars], params=params)
 
@@ -91,8 +92,21 @@ class Twins:
             return tuple(self.closed(v) for v in value)
         return self.closed(value) if c.is_jaxpr(value) else value
 
-    def _partitioned(self, eqn: Any, factors: list, gathered: dict) -> Any:
-        run = self._running_specs(eqn, factors)
+    def _run(self, eqn: Any) -> dict[Any, tuple] | None:
+        """Return how each operand and result is cut while the operation runs; None where nothing is known of it.
+
+        Copies of an operation share its parameters; over values that are cut alike they run alike.
+        """
+        atoms = [v for v in (*eqn.invars, *eqn.outvars) if not isinstance(v, c.Literal)]
+        key = id(eqn.params), *((getattr(v.aval, "shape", ()), self._spec(v)) for v in atoms)
+        if key not in self._runs:
+            factors = _local_rules.factors_of(eqn)
+            run = self._running_specs(eqn, factors) if factors else None
+            self._runs[key] = eqn.params, None if run is None else [run[v] for v in atoms]
+        known = self._runs[key][1]
+        return None if known is None else dict(zip(atoms, known, strict=True))
+
+    def _partitioned(self, eqn: Any, run: dict[Any, tuple], gathered: dict) -> Any:
         moves: list[Any] = []
         made: list[Any] = []
         invars = []

@@ -29,6 +29,7 @@ class Decision:
       choice: `"keep"`, `"recompute"`, or the name of the form that it is kept in.
       reason: one sentence.
       stored_bytes: bytes of the form that it is kept in, scales and padding included; None where it is in none.
+      collective_seconds: predicted seconds on the links of a collective, or of all those of a way to shard; else None.
 
     Example:
       >>> import memopt
@@ -43,6 +44,7 @@ class Decision:
     choice: str
     reason: str
     stored_bytes: int | None = None
+    collective_seconds: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -145,11 +145,12 @@ def make_ladder(
             return Ladder([plain], step, time.perf_counter() - start)
         forms = (step, *(() if sketched else _without_options(step, build)))
         searches = _best([Search(one, donated, plain) for one in forms])
+        if step.local is not None and not sketched:
+            searches = _promising(searches)
         found = (s.sketch() if sketched else _search_all(s, build, donated, plain) for s in searches)
         rungs = [rung for some in found for rung in some]
         if _rewrite.is_required(passes):
-            base = max(rungs, key=lambda r: r.predicted_peak_bytes)
-            found = _rungs.hull(dataclasses.replace(base, predicted_peak_bytes=base.predicted_peak_bytes + 1), rungs)
+            found = _hull_of(rungs)
             spares = _rungs.spares(found, rungs)
             return Ladder([plain, *found], step, time.perf_counter() - start, first=1, spares=spares)
         found = _rungs.hull(plain, rungs)
@@ -181,6 +182,24 @@ def _best(searches: list[Search]) -> list[Search]:
         return any(figures[j] != figures[i] or j > i for j in no_worse)
 
     return [search for i, search in enumerate(searches) if not is_beaten(i)]
+
+
+def _promising(searches: list[Search]) -> list[Search]:
+    """Drop the forms of a sharded step whose sketched plans are all beaten by sketched plans of other forms.
+
+    Each plan of a sharded step is laid out over the mesh before it is simulated, which takes longer than the rest.
+    """
+    if len(searches) < 2:
+        return searches
+    sketched = (rung for search in searches for rung in search.sketch())
+    best = _hull_of([dataclasses.replace(rung) for rung in sketched])  # copies: the hull raises seconds
+    return [search for search in searches if any(rung.step is search.step for rung in best)]
+
+
+def _hull_of(rungs: list[Rung]) -> list[Rung]:
+    """Return the hull of plans alone, the one of the largest peak included."""
+    base = max(rungs, key=lambda r: r.predicted_peak_bytes)
+    return _rungs.hull(dataclasses.replace(base, predicted_peak_bytes=base.predicted_peak_bytes + 1), rungs)
 
 
 def _search_all(search: Search, build: Callable[..., Step], donated: Sequence[bool], plain: Rung) -> list[Rung]:

@@ -115,11 +115,13 @@ def _is_written_count(key: str) -> bool:
 
 def _is_decision(value: Any) -> bool:
     texts = {"name", "module", "source", "choice", "reason"}
-    if not isinstance(value, dict) or value.keys() - {"stored_bytes"} != texts | {"value_bytes"}:
-        return False  # plans saved before forms had bytes of their own are read too
-    stored_bytes = value.get("stored_bytes")
-    counts = _is_count(value["value_bytes"]) and (stored_bytes is None or _is_count(stored_bytes))
-    return counts and all(_is_text(value[name]) for name in texts)
+    later = {"stored_bytes": _is_count, "collective_seconds": _is_number}  # plans saved before these are read too
+    if not isinstance(value, dict) or value.keys() - later.keys() != texts | {"value_bytes"}:
+        return False
+    figures = _is_count(value["value_bytes"]) and all(
+        value.get(name) is None or is_one(value[name]) for name, is_one in later.items()
+    )
+    return figures and all(_is_text(value[name]) for name in texts)
 
 
 def _is_variant(value: Any) -> bool:

@@ -55,7 +55,9 @@ class Shard:
         `"context"` (the sequence everywhere, in attention too: see `attention`). In a string,
         axes named `model`, `tensor` or `context` go to these parts, else the last ones; all others are for data.
         `"auto"` takes the mesh's devices, not its axes, and searches over strategies and mesh shapes: the quickest
-        predicted one (collectives on the mesh's links, and what the cut repeats) among those that fit the device.
+        predicted one (collectives on the mesh's links, and what the cut repeats) among those that split parameters
+        and state in full and fit the device. Forms that keep some of them whole (`"zero1"`, `"zero2"`) are taken only
+        where none of those fits; the plan prints what they would take: ask for them by name.
       least_elements: smaller leaves are not split for storage.
       attention: how attention sees the other parts of a sequence that `"context"` splits. `"ring"`: keys and values
         pass by, partial results are merged exactly; `"ulysses"`: an all-to-all splits heads instead of the sequence
@@ -158,7 +160,10 @@ class Shard:
             rules = self._as(one)._rules(flow, roles, context, groups)
             found = _shard_places.places(flow, roles, rules)
             pairs = zip(flow.jaxpr.invars, found.inputs, strict=True)
-            one.state_bytes = sum(_bytes(var) // _ways(rules, spec) for var, spec in pairs)
+            held = [_bytes(var) // _ways(rules, spec) for var, spec in pairs]
+            kinds = zip(held, roles.kinds, strict=True)
+            one.argument_bytes = sum(held)
+            one.state_bytes = sum(size for size, kind in kinds if kind != _shard_roles.BATCH)
             one.collective_seconds = _shard_cost.collective_seconds(flow, rules, found, context.target)
 
         def ladder(one: _shard_auto.Candidate, sketched: bool) -> Any:
@@ -260,7 +265,8 @@ def _collectives(flow: Any, rules: Any, found: _shard_places.Places, context: Co
     sent = _shard_cost.sent_by_kind(flow, rules, found, context.target)
     for kind, one in sorted(sent.items(), key=lambda item: -item[1].bytes):
         reason = f"sent by each device in a step, {one.seconds * 1e3:.3g} ms, predicted; repeats are not counted"
-        yield Decision(f"shard/{kind}", "", "", int(one.bytes), f"over {', '.join(sorted(one.axes))}", reason)
+        name, choice = f"shard/{kind}", f"over {', '.join(sorted(one.axes))}"
+        yield Decision(name, "", "", int(one.bytes), choice, reason, collective_seconds=one.seconds)
 
 
 def _path(context: Context, index: int) -> str:

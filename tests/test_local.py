@@ -110,6 +110,19 @@ def test_gradient_of_a_sharded_parameter_is_scattered(mesh):
     assert gradient == [["dot_general", "slice"]]
 
 
+def test_a_chain_is_passed_along_a_few_times_however_long_it_is(mesh, monkeypatch):
+    def chain(x):
+        for _ in range(40):
+            x = jnp.sin(x)
+        return x
+
+    real, calls = _local.Spread._pass_on, []
+    monkeypatch.setattr(_local.Spread, "_pass_on", lambda self, *args: calls.append(self) or real(self, *args))
+    closed, local = local_of(chain, mesh, (P("data", "model"),), (8, 6))
+    assert local.divisors(c.open_jaxpr(closed).outvars[0]) == (4, 2)
+    assert len(calls) <= 4 * len(calls[0].factors)
+
+
 def test_unsharded_arguments_need_no_local():
     closed = jax.make_jaxpr(jnp.sin)(jnp.ones(3))
     assert _local.local_shapes(closed, _local.Shardings((None,))) is None

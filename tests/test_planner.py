@@ -15,7 +15,7 @@ import pytest
 
 import memopt
 from memopt import _compat as c
-from memopt import _rungs, _search
+from memopt import _planner, _rungs, _search
 from memopt._contract import Left, Pass, Repeat
 from memopt._plan import Plan
 from memopt._planner import Ladder, ladder_of_plan, make_ladder
@@ -331,6 +331,25 @@ def test_plans_go_to_json_and_back():
         plan = ladder.plan(i, 1 << 30)
         assert Plan.from_json(plan.to_json()) == plan
     assert memopt.Plan is Plan
+
+
+def test_forms_whose_sketched_plans_are_all_beaten_are_not_searched():
+    base = as_it_is().rungs[0]
+
+    class Sketched:
+        def __init__(self, *plans):
+            self.step = object()
+            figures = ("predicted_peak_bytes", "recompute_flops")
+            self.plans = [
+                dataclasses.replace(base, step=self.step, **dict(zip(figures, p, strict=True))) for p in plans
+            ]
+
+        def sketch(self):
+            return self.plans
+
+    good, beaten, small = Sketched((100, 0.0), (60, 5.0)), Sketched((100, 1.0), (70, 6.0)), Sketched((20, 9.0))
+    assert _planner._promising([good, beaten, small]) == [good, small]
+    assert _planner._promising([beaten]) == [beaten]
 
 
 def test_a_step_inside_a_shard_map_has_the_ladder_of_the_step():

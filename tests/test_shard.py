@@ -1,93 +1,19 @@
 """Tests of the sharding pass: what it finds on dataflow, equality on eight faked devices, the collectives, errors."""
 
 import collections
-import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import memopt
 from memopt import _compat as c
-from memopt import _inline, _planner, _verify
 from memopt._collectives import totals
-from memopt._contract import Context
-from memopt._target import Target
 from memopt.models.steps import concrete, reference_step
-from memopt.passes import Shard, _shard_auto, _shard_flow, _shard_places, _shard_roles
+from memopt.passes import Shard, _shard_flow, _shard_places, _shard_roles
+from tests.shard_steps import BATCH, HIDDEN, LAYERS, LENGTH, STRATEGIES, WIDTH, WORDS, flat_of, make_step, mesh_of
 
 pytestmark = pytest.mark.loose_promotion
-
-LAYERS, WIDTH, HIDDEN, WORDS, BATCH, LENGTH = 2, 16, 32, 64, 16, 8
-STRATEGIES = {
-    "data": ((8,), ("data",)),
-    "zero1": ((8,), ("data",)),
-    "zero2": ((8,), ("data",)),
-    "zero3": ((8,), ("data",)),
-    "hierarchical": ((2, 4), ("outer", "inner")),
-    "tensor": ((8,), ("model",)),
-    "zero3+tensor": ((4, 2), ("data", "model")),
-    "zero3+tensor+sequence": ((4, 2), ("data", "model")),
-    "zero2+context": ((4, 2), ("data", "context")),
-}
-
-
-def layer(h, w):
-    return h + jnp.tanh(h @ w["up"]) @ w["down"], None
-
-
-def loss_of(params, batch, scan):
-    h = params["embed"][batch["tokens"]]
-    if scan:
-        h, _ = jax.lax.scan(layer, h, params["blocks"])
-    else:
-        for i in range(LAYERS):
-            h, _ = layer(h, jax.tree.map(lambda w: w[i], params["blocks"]))  # noqa: B023
-    logits = (h * params["scale"]) @ params["head"]
-    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), batch["labels"][..., None], -1))
-
-
-def make_step(scan=True):
-    """Return a language step over plain dictionaries with momentum, and its arguments."""
-
-    def step(state, batch):
-        params, moments = state
-        loss, grads = jax.value_and_grad(loss_of)(params, batch, scan)
-        moments = jax.tree.map(lambda m, g: 0.9 * m + g, moments, grads)
-        return (jax.tree.map(lambda p, m: p - 0.1 * m, params, moments), moments), loss
-
-    keys = iter(jax.random.split(jax.random.key(0), 9))
-
-    def draw(*shape):
-        return jax.random.normal(next(keys), shape) * 0.3
-
-    params = {
-        "embed": draw(WORDS, WIDTH),
-        "blocks": {"up": draw(LAYERS, WIDTH, HIDDEN), "down": draw(LAYERS, HIDDEN, WIDTH)},
-        "scale": jnp.ones(WIDTH),
-        "head": draw(WIDTH, WORDS),
-    }
-    tokens = jax.random.randint(next(keys), (BATCH, LENGTH), 0, WORDS)
-    state = params, jax.tree.map(jnp.zeros_like, params)
-    return step, (state, {"tokens": tokens, "labels": jnp.roll(tokens, -1, 1)})
-
-
-def mesh_of(strategy):
-    shape, names = STRATEGIES[strategy]
-    return jax.make_mesh(shape, names)
-
-
-def flat_of(step, args):
-    traced = jax.jit(step).trace(*args)
-    flat = _inline.inline(traced.jaxpr)
-    results = jax.tree_util.tree_unflatten(traced.out_tree, traced.jaxpr.out_avals)
-    paths, out_paths = (
-        tuple(jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree))
-        for tree in (args, results)
-    )
-    context = Context(Target.parse("tpu:v5e"), paths, out_paths)
-    return c.close(c.dce(flat)[0], c.jaxpr_consts(flat)), context
 
 
 def roles_of(step, args):
@@ -387,97 +313,6 @@ def test_places_hold_no_activations_without_a_batch_axis():
     rules = Shard(mesh_of("tensor"), "tensor")._rules(flow, roles, context)
     found = _shard_places.places(flow, roles, rules)
     assert not any("data" in axes for specs in found.made.values() for spec in specs for axes in spec)
-
-
-def test_auto_takes_the_quickest_that_fits_and_shows_the_runners_up():
-    fn, args = make_step()
-    step = memopt.optimize(fn, passes=[Shard(mesh_of("data"), "auto", least_elements=64)])
-    rows = [d for d in step.plan(*args).decisions if d.name.startswith("shard/auto/")]
-    assert [d.choice for d in rows].count("chosen") == 1 and len(rows) > 3
-    sent = [float(d.reason.split()[1]) for d in rows if "collectives" in d.reason]
-    assert sent[0] <= min(float(d.reason.split()[1]) for d in rows if "not planned" in d.reason)
-
-
-def test_auto_plans_the_chosen_one_alone_in_full(monkeypatch):
-    fn, args = make_step()
-    real, made = _planner.make_ladder, []
-
-    def make(closed, **settings):
-        made.append((settings["sketched"], len(settings["rewritten"])))
-        return real(closed, **settings)
-
-    monkeypatch.setattr(_planner, "make_ladder", make)
-    passes = [*memopt.passes.default(), Shard(mesh_of("data"), "auto", least_elements=64)]
-    plan = memopt.optimize(fn, passes=passes).plan(*args)
-    sketches = [sketched for sketched, _ in made]
-    assert sketches.count(False) == 1 and not sketches[-1] and len(sketches) > 1
-    assert any(known for _, known in made)  # what kernels made of the step is not made again
-    assert [d.choice for d in plan.decisions if d.name.startswith("shard/auto/")].count("chosen") == 1
-
-
-def test_a_sketch_holds_some_of_the_plans_of_a_ladder():
-    fn, args = make_step()
-    flat, context = flat_of(fn, args)
-    passes = [memopt.passes.Remat(), Shard(mesh_of("zero3"), "zero3", least_elements=64)]
-    donated = [False] * len(c.open_jaxpr(flat).invars)
-    settings = {"donated": donated, "target": context.target, "passes": passes, "context": context}
-    full, sketch = (_planner.make_ladder(flat, sketched=s, **settings) for s in (False, True))
-    assert 1 < len(sketch.rungs) <= len(full.rungs)
-    least = [min(r.predicted_peak_bytes for r in one.rungs[1:]) for one in (full, sketch)]
-    assert least[0] <= least[1] <= 1.2 * least[0]
-
-
-def test_auto_takes_less_memory_where_the_quickest_does_not_fit():
-    fn, args = make_step()
-    passes = [Shard(mesh_of("data"), "auto", least_elements=64)]
-    free = memopt.optimize(fn, passes=passes).plan(*args)
-    chosen = next(d for d in free.decisions if d.choice == "chosen")
-    tight = memopt.optimize(fn, passes=passes, budget=chosen.value_bytes - 1).plan(*args)
-    best = next(d for d in tight.decisions if d.choice == "chosen")
-    assert best.value_bytes < chosen.value_bytes and ", fits" in best.reason
-
-
-def test_auto_goes_on_to_the_next_one_where_the_compiled_step_is_over_the_budget(monkeypatch):
-    fn, args = make_step()
-    passes = [Shard(mesh_of("data"), "auto", least_elements=64)]
-    free = memopt.optimize(fn, passes=passes).plan(*args)
-    first = next(d for d in free.decisions if d.choice == "chosen")
-    real, seen = _verify.compile_rung, []
-
-    def over(program, args, kwargs):
-        compiled, memory = real(program, args, kwargs)
-        strategy = program.ladder.rows[0].name
-        seen.append(strategy)
-        size = program.budget_bytes + (1 if strategy == first.name else 0)
-        memory = dataclasses.replace(memory, peak_bytes=size)
-        program.measured[program.index] = memory.peak_bytes
-        return compiled, memory
-
-    monkeypatch.setattr(_verify, "compile_rung", over)
-    step = memopt.optimize(fn, passes=passes, budget="1GiB")
-    step.lower(*args).compile()
-    rows = {d.name: d for d in step.plan(*args).decisions if d.name.startswith("shard/auto/")}
-    assert rows[first.name].choice == "runner-up" and "compiled over the budget" in rows[first.name].reason
-    assert seen[0] == first.name and rows[seen[-1]].choice == "chosen" != first.name
-    placed = step.shardings(*args)[0][0]
-    shape = next(iter(jax.tree.leaves(placed))).mesh.devices.shape
-    assert seen[-1].endswith("on " + "x".join(map(str, shape)))
-
-
-def test_a_saved_plan_of_auto_is_applied_without_a_search(monkeypatch):
-    fn, args = make_step()
-    passes = [memopt.passes.Remat(), Shard(mesh_of("data"), "auto", least_elements=64)]
-    plan = memopt.optimize(fn, passes=passes).plan(*args)
-    monkeypatch.setattr(_shard_auto, "search", lambda *_: pytest.fail("searched"))
-    again = memopt.optimize(fn, passes=passes, plan=memopt.Plan.from_json(plan.to_json()))
-    assert again.plan(*args).predicted_peak_bytes == plan.predicted_peak_bytes
-
-
-def test_auto_with_nothing_that_applies():
-    fn, (state, batch) = make_step()
-    odd = jax.tree.map(lambda x: x[:7, :7], batch)
-    with pytest.raises(ValueError, match=r"No sharding strategy applies to this step on 8 devices.*batch of 7"):
-        memopt.optimize(fn, passes=[Shard(mesh_of("data"), "auto")]).plan(state, odd)
 
 
 def test_kernels_of_a_step_to_be_sharded_are_plain_jax():
