@@ -98,10 +98,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _thin(config: pytest.Config, items: list[pytest.Item], most: int) -> None:
-    """Keep at most so many cases of each parametrized test, those that are not slow, from the first to the last."""
+    """Keep so many cases of each parametrized test, from first to last, none of those marked `slow` or `once`."""
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if not item.get_closest_marker("slow"):
+        if not (item.get_closest_marker("slow") or item.get_closest_marker("once")):
             cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     kept = set()
     for found in cases.values():

@@ -79,6 +79,7 @@ def two_hundred() -> list[oracle_graphs.Comparison]:
     return compared(200, range(6, 16), 1000, 30.0)
 
 
+@pytest.mark.once
 def test_near_the_optimum_on_200_graphs():
     check(two_hundred())
 

@@ -34,6 +34,7 @@ def test_the_smallest_plan_within_some_flops_is_taken():
     assert [compress.smallest(points, most).peak_bytes for most in (50, 40, 10, 1)] == [40, 60, 80, 90]
 
 
+@pytest.mark.slow
 @pytest.mark.loose_promotion
 def test_a_plan_in_few_bits_repeats_what_the_base_repeats():
     built, target = steps.reference_step("gpt2", layers="scan", tiny=True), "tpu:v5e:1x1"
