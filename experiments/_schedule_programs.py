@@ -166,6 +166,7 @@ def _known(closed: Any, arguments: list[Any], found: dict[str, dict[int, np.ndar
     for eqn in closed.jaxpr.eqns:
         given = [read(one) for one in eqn.invars]
         inner = next((eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params), None)
+        inner = None if eqn.primitive.name == "scan" else inner  # its body sees slices, not what it is given
         made: list[Any] = [None] * len(eqn.outvars)
         if eqn.primitive.name == "pallas_call":
             arrays = {i: np.asarray(one) for i, one in enumerate(given) if one is not None}
