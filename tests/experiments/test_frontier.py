@@ -10,8 +10,8 @@ def point(peak, seconds):
 REMAT, OFFLOAD = [point(100, 0.0), point(60, 2.0)], [point(100, 0.0), point(70, 1.0)]
 
 
-def test_budgets_end_at_the_smallest_peak():
-    assert frontier.budgets_of({"remat": REMAT, "mix": [point(40, 9.0)]}, 3) == [80, 60, 40]
+def test_budgets_end_just_above_the_smallest_peak():
+    assert frontier.budgets_of({"remat": REMAT, "mix": [point(40, 9.0)]}, 3) == [80, 60, 41]
 
 
 def test_the_mix_is_held_against_the_best_technique_that_fits():
@@ -27,3 +27,16 @@ def test_the_mix_is_held_against_the_best_technique_that_fits():
 def test_the_cheapest_plan_is_the_fastest_that_fits():
     assert frontier.cheapest([*REMAT, point(50, 1.5)], 60)["peak_bytes"] == 50
     assert frontier.cheapest(REMAT, 10) is None
+
+
+def test_what_falls_short_is_said():
+    row = {"step": "s", "technique": "mix", "budget_bytes": 50, "peak_bytes": 49, "verdict": "no slower"}
+    least = [frontier.smallest("s", "remat", REMAT, {"peak_bytes": 61})]
+    least += [frontier.smallest("s", "mix", [point(40, 9.0)], {"smallest_bytes": 42})]
+    assert least[1]["peak_bytes"] == 42 and least[1]["predicted_peak_bytes"] == 40
+    assert frontier.failures([row, *least]) == []
+    for wrong in ({"peak_bytes": 51}, {"verdict": "SLOWER"}, {"verdict": "no plan fits when compiled"}):
+        assert len(frontier.failures([row | wrong, *least])) == 1
+    assert frontier.failures([row, least[0], least[1] | {"peak_bytes": 61}]) == [
+        "s: the mix reaches 61 bytes, no less than 61 by repeating alone"
+    ]
