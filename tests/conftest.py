@@ -29,7 +29,12 @@ ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+#: Eight devices; programs for the CPU are compiled without LLVM's dear optimizations, because most run once.
+XLA_FLAGS = {
+    "--xla_force_host_platform_device_count": "8",
+    "--xla_backend_optimization_level": "0",
+    "--xla_llvm_disable_expensive_passes": "true",
+}
 
 
 def set_environment() -> None:
@@ -37,8 +42,8 @@ def set_environment() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     flags = os.environ.get("XLA_FLAGS", "")
-    if DEVICE_COUNT_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {DEVICE_COUNT_FLAG}=8".strip()
+    more = [f"{name}={value}" for name, value in XLA_FLAGS.items() if name not in flags]
+    os.environ["XLA_FLAGS"] = " ".join([flags, *more]).strip()
 
 
 class SourceFinder:

