@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from memopt import _compat as c
-from memopt import _cost, _fusion, _segments, _specs
+from memopt import _convolved, _cost, _fusion, _segments, _sizes, _specs
 from memopt import _graph as g
 
 #: Share of an operation's roofline seconds that a repeat takes at least, where memory and not arithmetic is the limit.
@@ -197,7 +197,26 @@ class Survey:
 
     @functools.cached_property
     def _one(self) -> list[int]:
-        return [self.bytes_of(self.aval_of(v.id)) for v in self.graph.values]
+        sizes = [self.bytes_of(self.aval_of(v.id)) for v in self.graph.values]
+        images = self._images() if self.target.platform == "tpu" else {}
+        return [max(size, images.get(v, 0)) for v, size in enumerate(sizes)]
+
+    def _images(self) -> dict[int, int]:
+        """Return the bytes of what convolutions make or read on TPUs, and of what is element-wise made from it."""
+        found: dict[int, int] = {}
+        for op in self.graph.ops:
+            if op.eqn.primitive.name == "conv_general_dilated":
+                for operand, size in _convolved.laid_out(self._on_device(op.eqn)):
+                    value = op.outputs[0] if operand is None else op.inputs[operand]
+                    if value is not None and self.graph.values[value].op is not None:
+                        found[value] = max(found.get(value, 0), size)
+            elif op.eqn.primitive.name in _fusion.ELEMENTWISE:
+                made = self.aval_of(op.outputs[0])
+                for value in op.inputs:
+                    if value in found and (aval := self.aval_of(value)).shape == made.shape:
+                        size = found[value] * _sizes.element_bits(made) // _sizes.element_bits(aval)
+                        found[op.outputs[0]] = max(found.get(op.outputs[0], 0), size)
+        return found
 
     def _repeated_bytes(self) -> list[int]:
         """Count a repeated value's bytes where its operation is one that XLA materialises, else nothing."""

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from memopt import _cost
+from memopt import _convolved, _cost
 from memopt._sizes import is_on_host
 
 _FLOAT32 = np.dtype(np.float32)
@@ -26,6 +26,8 @@ INLINED = frozenset(
     "jit pjit closed_call core_call call remat2 checkpoint remat custom_jvp_call custom_vjp_call "
     "custom_vjp_call_jaxpr shard_map custom_lin run_state".split()
 )
+#: Operations whose kernels choose the layout of what they read and make.
+_LAID_OUT = frozenset({"dot_general", "conv_general_dilated"})
 #: Operations whose result is their operand's buffer: no bytes move.
 ALIASES = frozenset(
     "reshape squeeze expand_dims name optimization_barrier stop_gradient sharding_constraint pvary pcast mesh_cast "
@@ -188,15 +190,23 @@ def _add(graph: Graph, eqns: Sequence[Any], env: dict[Any, int], path: str, top:
             if wide:
                 graph.wide.append(value)
         ops.append(Op(fact.name, eqn, place, path, ins, outs, fact.bodies))
-        if tpu and (fact.name == "dot_general" or (padding and not padded.isdisjoint(ins))):
+        if tpu and (fact.name in _LAID_OUT or (padding and not padded.isdisjoint(ins))):
             _lay_out(graph, ops[number])
 
 
 def _lay_out(graph: Graph, op: Op) -> None:
     """Pad what a batched matmul reads or makes as its kernel needs it: the two tiled dimensions are no batch ones.
 
-    Element-wise results keep the layout of an operand of the same shape.
+    Images keep the layout of the convolutions that make or read them, element-wise results that of an operand of the
+    same shape.
     """
+    if op.name == "conv_general_dilated":
+        for operand, size in _convolved.laid_out(op.eqn):
+            value = op.outs[0] if operand is None else op.ins[operand]
+            if value >= 0 and graph.maker[value] >= 0:
+                graph.bytes[value] = max(graph.bytes[value], size)
+                graph.padding[value] = graph.bytes[value] / max(1, _cost.aval_bytes(graph.avals[value]))
+        return
     if op.name == "dot_general":
         (_, batches), out = op.eqn.params["dimension_numbers"], op.eqn.outvars[0].aval
         sides = [(value, atom.aval, dims) for value, atom, dims in zip(op.ins, op.eqn.invars, batches, strict=True)]
@@ -259,7 +269,7 @@ def _inline(graph: Graph, eqn: Any, body: Any, env: dict, ins: list[int], top: i
     formal = [*body.constvars, *body.invars]
     for var, value in zip(formal[len(formal) - len(ins) :], ins, strict=True):
         inner[var] = value if value >= 0 else graph.new(var.aval, -2)
-        if value >= 0:
+        if value >= 0 and value not in graph.padding:
             graph.bytes[value] = min(graph.bytes[value], buffer_bytes(var.aval, graph.platform))
     for var in formal[: len(formal) - len(ins)]:
         inner[var] = graph.new(var.aval, -2)
