@@ -21,8 +21,11 @@ from memopt import _graph as g
 from memopt._contract import Left, Store
 from memopt._survey import Survey
 from memopt.passes import _residuals
+from memopt.passes._sketch_form import Combined, Sampled
 
 _KINDS = ("rmm", "rmm-gaussian", "wta")
+#: Values that are looked at to find what a weight is made of.
+_FEW = 32
 _CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
 
 
@@ -47,12 +50,16 @@ class Sketch:
       kind: one of these.
       ratio: `rank / rows`, above 0 and below 1.
       where: `fnmatch` patterns on module paths, a string or a tuple; empty for everything.
-      seed: of the random numbers; each value's own come from it and a hash of the value's bits.
+      seed: of the random numbers. Each value's own come from it and a hash of the bits of the value and of the weights
+        that it is multiplied with, which every update changes: no step draws those of another one, also where it sees
+        the same data.
+      always: keep as a sketch whatever is kept of these values, also without a budget, rather than where the predicted
+        peak falls.
 
     Example:
       >>> import memopt
       >>> memopt.passes.Sketch("wta", ratio=0.3)
-      Sketch(kind='wta', ratio=0.3, where=(), seed=0)
+      Sketch(kind='wta', ratio=0.3, where=(), seed=0, always=False)
 
     Raises:
       ValueError: an unknown kind, a ratio outside its range, or a pattern that matches no module path.
@@ -70,6 +77,7 @@ class Sketch:
     ratio: float = 0.1
     where: str | tuple[str, ...] = ()
     seed: int = 0
+    always: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "where", (self.where,) if isinstance(self.where, str) else tuple(self.where))
@@ -97,6 +105,7 @@ class Sketch:
                 continue
             form = self.form(one.aval.shape, one.aval.dtype, axes)
             leaves = jax.eval_shape(form.encode, jax.ShapeDtypeStruct(one.aval.shape, one.aval.dtype))
+            reads = _weights(survey.graph, one.value)
             size = sum(survey.bytes_of(leaf) for leaf in leaves)
             if size < one.bytes:
                 seconds = _residuals.move_seconds(survey, size, 2 * one.bytes) + form.seconds(survey.spec)
@@ -109,6 +118,8 @@ class Sketch:
                     error=form.error,
                     name=self.kind,
                     readers=readers,
+                    asked=self.always,
+                    reads=reads,
                 )
 
     def form(self, shape: tuple[int, ...], dtype: Any, axes: tuple[int, ...]) -> Combined | Sampled:
@@ -136,6 +147,30 @@ def _rows_of(
     return axes if axes and len(axes) < rank else None
 
 
+def _weights(graph: g.Graph, value: int) -> tuple[int, ...]:
+    """Return what is there from the start of a value's region, and multiplied with it: weights, mostly.
+
+    Where a weight is made of others (cast, or a sum with an adapter's), those.
+    """
+    region, found = graph.values[value].region, {}
+    stack = [
+        v
+        for op in graph.regions[region].ops
+        if op.eqn.primitive.name in _CONTRACTIONS and value in op.inputs
+        for v in op.inputs
+        if v is not None and v != value
+    ]
+    seen = set(stack)
+    while stack and len(seen) < _FEW:
+        item = graph.values[stack.pop()]
+        if item.region == region and item.op is None and jnp.issubdtype(item.aval.dtype, jnp.floating):
+            found[item.id] = None
+        made_of = {v for v in item.op.inputs if v is not None} - seen if item.op is not None else set()
+        seen |= made_of
+        stack += sorted(made_of)
+    return tuple(sorted(found))
+
+
 def _feeds_gradients(graph: g.Graph, op: g.Op, marks: _forms.Marks) -> bool:
     """Say whether another contraction of the backward pass reads what is made from an operation's result."""
     made = set(op.outputs)
@@ -147,123 +182,3 @@ def _feeds_gradients(graph: g.Graph, op: g.Op, marks: _forms.Marks) -> bool:
         if marks.is_backward(other):
             made.update(other.outputs)
     return False
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """What both sketches have in common: the array as a matrix `[rows, features]`, and a key of its own."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    axes: tuple[int, ...]
-    rank: int
-    seed: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of the matrix."""
-        return math.prod(self.shape[a] for a in self.axes)
-
-    @property
-    def features(self) -> int:
-        """Columns of the matrix."""
-        return math.prod(self.shape) // self.rows
-
-    @property
-    def _order(self) -> tuple[int, ...]:
-        return (*self.axes, *(a for a in range(len(self.shape)) if a not in self.axes))
-
-    def _matrix(self, x: Any) -> Any:
-        return jnp.transpose(x, self._order).reshape(self.rows, self.features)
-
-    def _array(self, matrix: Any) -> Any:
-        array = matrix.reshape(tuple(self.shape[a] for a in self._order))
-        return jnp.transpose(array, tuple(int(i) for i in np.argsort(self._order)))
-
-    def _hash(self, x: Any) -> Any:
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-        return jnp.sum(bits, dtype=jnp.uint32)
-
-    def _key(self, hashed: Any) -> Any:
-        return jax.random.fold_in(jax.random.key(self.seed), hashed)
-
-
-@dataclasses.dataclass(frozen=True)
-class Combined(_Rows):
-    """A matrix `X` as `S.T @ X / sqrt(rank)`: `decode` gives `S @ S.T @ X / rank`, whose expectation is `X`.
-
-    The leaves are the combinations, `[rank, features]` of the array's dtype, and a hash from which `S` is made again.
-    """
-
-    gaussian: bool = False
-
-    @property
-    def error(self) -> float:
-        """Expected error relative to the norm of the array, of a decoded array; that of the gradient is smaller."""
-        return math.sqrt(self.rows / self.rank)
-
-    def seconds(self, spec: Any) -> float:
-        """Return the predicted seconds of both matmuls."""
-        return 2 * 2.0 * self.rows * self.rank * self.features / spec.matmul_rate(self.dtype)
-
-    def _random(self, hashed: Any) -> Any:
-        make = jax.random.normal if self.gaussian else jax.random.rademacher
-        return make(self._key(hashed), (self.rows, self.rank), self.dtype)
-
-    def encode(self, x: Any) -> tuple[Any, Any]:
-        """Return the combinations and the hash."""
-        hashed = self._hash(x)
-        product = jnp.matmul(self._random(hashed).T, self._matrix(x), preferred_element_type=jnp.float32)
-        return (product * np.float32(1 / math.sqrt(self.rank))).astype(self.dtype), hashed
-
-    def decode(self, leaves: tuple[Any, Any]) -> Any:
-        """Return an array whose expectation is the one that was encoded."""
-        product = jnp.matmul(self._random(leaves[1]), leaves[0], preferred_element_type=jnp.float32)
-        return self._array((product * np.float32(1 / math.sqrt(self.rank))).astype(self.dtype))
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampled(_Rows):
-    """A matrix as `rank` of its rows: the largest as they are, others drawn at random and scaled.
-
-    The leaves are the rows, `[rank, features]` of the array's dtype, and their numbers, `int32 [rank]`. `decode` adds
-    them up in an array of zeros, whose expectation is the one that was encoded.
-    """
-
-    @property
-    def error(self) -> float:
-        """Expected error relative to the norm of the array, at most, of a decoded array."""
-        return math.sqrt(self.rows / self.rank)
-
-    def seconds(self, spec: Any) -> float:
-        """Return the predicted seconds of sorting the norms."""
-        return self.rows * math.log2(max(2, self.rows)) ** 2 / spec.vector_flops_per_second
-
-    def encode(self, x: Any) -> tuple[Any, Any]:
-        """Return the rows and their numbers."""
-        matrix = self._matrix(x)
-        index, weight = self.sample(jnp.sum(matrix.astype(jnp.float32) ** 2, axis=1), self._key(self._hash(x)))
-        return (matrix[index].astype(jnp.float32) * weight[:, None]).astype(self.dtype), index
-
-    def sample(self, squares: Any, key: Any) -> tuple[Any, Any]:
-        """Return numbers and weights of `rank` rows whose squared norms are given; the largest come first."""
-        norms = jnp.sqrt(squares) + np.float32(jnp.finfo(jnp.float32).tiny)
-        order = jnp.argsort(-norms).astype(jnp.int32)
-        chance = norms[order] / jnp.sum(norms)
-        reached = jnp.cumsum(chance)
-        slots = jnp.arange(self.rank, dtype=jnp.int32)
-        before = jnp.concatenate([jnp.zeros(1, jnp.float32), reached])[: self.rank]
-        left = jnp.maximum(1 - before, 0)
-        kept = jnp.argmin(left / (self.rank - slots).astype(jnp.float32)).astype(jnp.int32)
-        rest = left[kept]
-        drawn = before[kept] + jax.random.uniform(key, (self.rank,), jnp.float32) * rest
-        # A comparison of all with all, which fuses: JAX 0.12's searchsorted cannot be lowered from within a jaxpr.
-        drawn = jnp.sum(reached[:, None] <= drawn[None], axis=0, dtype=jnp.int32)
-        place = jnp.where(slots < kept, slots, jnp.clip(drawn, kept, self.rows - 1))
-        scaled = rest / ((self.rank - kept).astype(jnp.float32) * chance[place])
-        return order[place], jnp.where(slots < kept, jnp.float32(1), scaled)
-
-    def decode(self, leaves: tuple[Any, Any]) -> Any:
-        """Return an array whose expectation is the one that was encoded."""
-        empty = jnp.zeros((self.rows, self.features), self.dtype)
-        return self._array(empty.at[leaves[1]].add(leaves[0], mode="promise_in_bounds"))

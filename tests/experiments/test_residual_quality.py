@@ -1,5 +1,7 @@
 """Tests of what the tables of quality promise: gradients and losses in, figures and a verdict out."""
 
+import types
+
 import numpy as np
 import pytest
 import residual_quality
@@ -22,3 +24,29 @@ def test_gaps_are_taken_seed_by_seed_and_int8_has_to_be_near():
 def test_forms_are_passes():
     assert residual_quality.make_pass("wta:0.5").ratio == 0.5
     assert residual_quality.make_pass("int4").always
+    assert residual_quality.make_pass("wta:0.5").always
+
+
+class Planned:
+    """A bench whose plans store what it is told."""
+
+    def __init__(self, stores):
+        self.stores = stores
+
+    def stored(self, form):
+        return None, types.SimpleNamespace(stores=self.stores[form])
+
+
+def test_forms_that_store_nothing_are_named():
+    assert residual_quality.empty(Planned({"int8": {1: "int8"}, "wta:0.5": {}}), ["int8", "wta:0.5", "wta:0.5"]) == [
+        "wta:0.5"
+    ]
+
+
+@pytest.mark.loose_promotion
+def test_sketches_store_what_weight_gradients_read():
+    sizes = types.SimpleNamespace(width=16, depth=1, heads=2, length=32, batch=4, rate=1e-3)
+    bench = residual_quality.Bench("gpt", sizes)
+    assert not residual_quality.empty(bench, ["wta:0.5"])
+    plan = bench.stored("wta:0.5")[1]
+    assert len(plan.stores) >= 4 and set(plan.stores.values()) == {"wta"}
