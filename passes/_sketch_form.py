@@ -115,15 +115,22 @@ class Sampled(_Rows):
 
     def encode(self, x: Any, *others: Any) -> tuple[Any, Any]:
         """Return the rows and their numbers, drawn from a hash of the array and the others."""
-        matrix = self._matrix(x)
-        index, weight = self.sample(jnp.sum(matrix.astype(jnp.float32) ** 2, axis=1), self._key(self._hash(x, others)))
-        return (matrix[index].astype(jnp.float32) * weight[:, None]).astype(self.dtype), index
+        return self.taken(x, self.norms(x), self._key(self._hash(x, others)))
 
-    def sample(self, squares: Any, key: Any) -> tuple[Any, Any]:
-        """Return numbers and weights of `rank` rows whose squared norms are given; the largest come first."""
-        norms = jnp.sqrt(squares) + np.float32(jnp.finfo(jnp.float32).tiny)
-        order = jnp.argsort(-norms).astype(jnp.int32)
-        chance = norms[order] / jnp.sum(norms)
+    def norms(self, x: Any) -> Any:
+        """Return the norms of the rows, float32 `[rows]`."""
+        return jnp.sqrt(jnp.sum(self._matrix(x).astype(jnp.float32) ** 2, axis=1))
+
+    def taken(self, x: Any, chances: Any, key: Any) -> tuple[Any, Any]:
+        """Return `rank` rows, drawn in proportion to `chances` (float32 `[rows]`, at least 0), and their numbers."""
+        index, weight = self.sample(chances, key)
+        return (self._matrix(x)[index].astype(jnp.float32) * weight[:, None]).astype(self.dtype), index
+
+    def sample(self, chances: Any, key: Any) -> tuple[Any, Any]:
+        """Return numbers and weights of `rank` rows; those of the largest chances come first, as they are."""
+        chances = chances + np.float32(jnp.finfo(jnp.float32).tiny)
+        order = jnp.argsort(-chances).astype(jnp.int32)
+        chance = chances[order] / jnp.sum(chances)
         reached = jnp.cumsum(chance)
         slots = jnp.arange(self.rank, dtype=jnp.int32)
         before = jnp.concatenate([jnp.zeros(1, jnp.float32), reached])[: self.rank]

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +18,16 @@ import numpy as np
 
 from memopt import _forms
 from memopt import _graph as g
-from memopt._contract import Left, Store
+from memopt._contract import Context, Left, Rewritten, Store
 from memopt._survey import Survey
-from memopt.passes import _residuals
+from memopt.passes import _residuals, _sketch_cache, _sketch_state
 from memopt.passes._sketch_form import Combined, Sampled
+from memopt.passes._sketch_norms import Rows
+from memopt.passes._sketch_sites import CONTRACTIONS, weight_gradients
 
 _KINDS = ("rmm", "rmm-gaussian", "wta")
 #: Values that are looked at to find what a weight is made of.
 _FEW = 32
-_CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,9 @@ class Sketch:
     where: str | tuple[str, ...] = ()
     seed: int = 0
     always: bool = False
+    samples: int = 0
+    ids: str = ""
+    stage: ClassVar[int] = 5
 
     def __post_init__(self):
         object.__setattr__(self, "where", (self.where,) if isinstance(self.where, str) else tuple(self.where))
@@ -85,6 +89,11 @@ class Sketch:
             raise ValueError(f"A sketch is one of {', '.join(_KINDS)}, not {self.kind!r}.")
         if not 0.0 < self.ratio < 1.0:
             raise ValueError(f"The ratio of rank to rows is above 0 and below 1, not {self.ratio}.")
+        if self.samples < 0 or (self.samples and self.kind != "wta") or (self.ids and not self.samples):
+            raise ValueError(
+                f"Norms are kept of samples={self.samples} by ids={self.ids!r} and kind={self.kind!r}: they are for "
+                "'wta', of as many samples as the data has, which is above 0."
+            )
 
     @property
     def name(self) -> str:
@@ -96,9 +105,10 @@ class Sketch:
         marks = _forms.Marks(survey.graph)
         for one in _residuals.chosen(survey, self.where):
             readers = frozenset(o for o in one.readers if marks.is_backward(survey.graph.ops[o]))
-            axes = _rows_of(survey.graph, one.value, len(one.aval.shape), readers, marks)
+            axes = weight_gradients(survey.graph, one.value, len(one.aval.shape), readers, marks)
             if (
                 axes is None
+                or one.mark == "sketch"  # rows of a value that a rewrite keeps already
                 or _residuals.is_view(survey.graph, one.value)
                 or not jnp.issubdtype(one.aval.dtype, jnp.floating)
             ):
@@ -122,29 +132,58 @@ class Sketch:
                     reads=reads,
                 )
 
+    @property
+    def stores_state(self) -> bool:
+        """Whether the step's state holds gradient norms of samples."""
+        return self.samples > 0
+
+    @property
+    def optional(self) -> bool:
+        """Whether the budget decides: where the state holds norms, rows are kept whatever the budget."""
+        return not self.stores_state
+
+    @property
+    def asks(self) -> bool:
+        """Whether the step is looked at to know what there are norms of."""
+        return self.stores_state
+
+    def compress(self, state: Any, ask: Callable[[Any], None] | None = None) -> Any:
+        """Return a state, or shapes of one, with norms of no sample seen yet beside its first array.
+
+        Args:
+          state: a plain state, or one that has norms already.
+          ask: traces the step with a state in the place of the given one.
+
+        Raises:
+          ValueError: there is nothing to keep norms of, or the step was not given to look at.
+        """
+        return _sketch_state.compress(self, state, ask)
+
+    def decompress(self, state: Any) -> Any:
+        """Return a state, or shapes of one, without norms."""
+        return _sketch_state.decompress(state)
+
+    def over(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the step over a state with norms; called with a plain one it raises a TypeError with the remedy."""
+        return _sketch_state.over(self, fn)
+
+    def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
+        """Return the step with rows kept by the norms in its state; None where it has none."""
+        return _sketch_cache.rewritten(self, closed, context) if self.stores_state else None
+
+    def rows(self, shape: tuple[int, ...], dtype: Any, axes: tuple[int, ...], sample_axis: int, group: int) -> Rows:
+        """Return how rows of arrays of this shape and dtype are drawn by cached norms; see `Rows`."""
+        return Rows(**self._common(shape, dtype, axes), sample_axis=sample_axis, group=group)
+
     def form(self, shape: tuple[int, ...], dtype: Any, axes: tuple[int, ...]) -> Combined | Sampled:
         """Return the sketch of arrays of this shape and dtype, whose rows are along `axes`."""
-        rows = math.prod(shape[a] for a in axes)
-        common = dict(shape=tuple(shape), dtype=np.dtype(dtype).name, axes=tuple(axes), seed=self.seed)
-        common["rank"] = max(1, min(rows - 1, round(self.ratio * rows)))
+        common = self._common(shape, dtype, axes)
         return Sampled(**common) if self.kind == "wta" else Combined(**common, gaussian=self.kind == "rmm-gaussian")
 
-
-def _rows_of(
-    graph: g.Graph, value: int, rank: int, readers: frozenset[int], marks: _forms.Marks
-) -> tuple[int, ...] | None:
-    """Return the axes that weight gradients contract, where the backward pass reads a value for nothing but those."""
-    found = set()
-    for reader in (graph.ops[o] for o in readers):
-        if reader.eqn.primitive.name != "dot_general":
-            return None
-        contracting, batches = reader.eqn.params["dimension_numbers"]
-        sides = [i for i, v in enumerate(reader.inputs) if v == value]
-        if len(sides) != 1 or any(batches) or _feeds_gradients(graph, reader, marks):
-            return None
-        found.add(tuple(contracting[sides[0]]))
-    axes = found.pop() if len(found) == 1 else None
-    return axes if axes and len(axes) < rank else None
+    def _common(self, shape: tuple[int, ...], dtype: Any, axes: tuple[int, ...]) -> dict[str, Any]:
+        rows = math.prod(shape[a] for a in axes)
+        rank = max(1, min(rows - 1, round(self.ratio * rows)))
+        return dict(shape=tuple(shape), dtype=np.dtype(dtype).name, axes=tuple(axes), rank=rank, seed=self.seed)
 
 
 def _weights(graph: g.Graph, value: int) -> tuple[int, ...]:
@@ -156,7 +195,7 @@ def _weights(graph: g.Graph, value: int) -> tuple[int, ...]:
     stack = [
         v
         for op in graph.regions[region].ops
-        if op.eqn.primitive.name in _CONTRACTIONS and value in op.inputs
+        if op.eqn.primitive.name in CONTRACTIONS and value in op.inputs
         for v in op.inputs
         if v is not None and v != value
     ]
@@ -169,16 +208,3 @@ def _weights(graph: g.Graph, value: int) -> tuple[int, ...]:
         seen |= made_of
         stack += sorted(made_of)
     return tuple(sorted(found))
-
-
-def _feeds_gradients(graph: g.Graph, op: g.Op, marks: _forms.Marks) -> bool:
-    """Say whether another contraction of the backward pass reads what is made from an operation's result."""
-    made = set(op.outputs)
-    for other in graph.regions[op.region].ops[op.index + 1 :]:
-        if made.isdisjoint(v for v in other.inputs if v is not None):
-            continue
-        if other.eqn.primitive.name in _CONTRACTIONS or other.bodies:
-            return True
-        if marks.is_backward(other):
-            made.update(other.outputs)
-    return False
