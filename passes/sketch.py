@@ -2,7 +2,8 @@
 
 In: a survey of the step. Out: a `Store` for each forward value whose later readers are contractions for weight
 gradients alone, found by dataflow. A gradient made from a sketch is random, and right in expectation; nothing else of
-the backward pass, and nothing of the forward pass, reads it. Which are taken is the planner's choice.
+the backward pass, and nothing of the forward pass, reads it. Which are taken is the planner's choice; but where the
+state holds gradient norms of samples, the step is rewritten to use and renew them (`_sketch_cache`).
 """
 
 from __future__ import annotations
@@ -47,31 +48,54 @@ class Sketch:
     Memory of such a value falls to about `ratio`; the cost is two matmuls of `2 * rows * rank * features` FLOPs (rmm),
     or a sort of the rows' norms and a scatter (wta). Gradients of weights are unbiased and noisy, all else is exact.
 
+    The variance of `"wta"` is smallest where rows are drawn by `|x_i| |dy_i|`, and `dY` is not known yet. With
+    `samples`, the state holds for each such value the norm of every sample's `dY` when it was last seen (float32
+    `[samples]`, times layers in a scanned stack), written by each step; rows are drawn by their own norms times those.
+    It is then done in every plan. The weight's gradient is made from the kept rows alone, `ratio` of its FLOPs.
+
     Args:
       kind: one of these.
       ratio: `rank / rows`, above 0 and below 1.
       where: `fnmatch` patterns on module paths, a string or a tuple; empty for everything.
       seed: of the random numbers. Each value's own come from it and a hash of the bits of the value and of the weights
         that it is multiplied with, which every update changes: no step draws those of another one, also where it sees
-        the same data.
+        the same data. With `samples` they come from the number of the step, which the state counts.
       always: keep as a sketch whatever is kept of these values, also without a budget, rather than where the predicted
         peak falls.
+      samples: how many samples the data set has; 0 keeps no norms. For `"wta"`.
+      ids: a pattern of the `jax.tree_util.keystr` path of the argument that numbers the batch's samples, int32
+        `[batch]` from 0 up to `samples`. Empty where a sample's place in the batch is its number.
 
     Example:
-      >>> import memopt
+      >>> import jax, jax.numpy as jnp, memopt
       >>> memopt.passes.Sketch("wta", ratio=0.3)
-      Sketch(kind='wta', ratio=0.3, where=(), seed=0, always=False)
+      Sketch(kind='wta', ratio=0.3, where=(), seed=0, always=False, samples=0, ids='')
+      >>> def step(ws, x, ids):
+      ...     grads = jax.grad(lambda ws: jnp.sum(jnp.sin(x * jnp.sin(x) @ ws[0]) @ ws[1]))(ws)
+      ...     return jax.tree.map(lambda w, g: w - 0.1 * g, ws, grads)
+      >>> step = memopt.optimize(step, passes=[memopt.passes.Sketch("wta", 0.3, samples=1000, ids="[2]")])
+      >>> ws, x, ids = [jnp.ones((16, 16)), jnp.ones((16, 4))], jnp.ones((128, 16)), jnp.arange(128)
+      >>> state = step.compress(ws, ws, x, ids)
+      >>> state = step(state, x, ids)
+      >>> {name: norms.shape for name, norms in state[0].sketch_norms.items()}, step.decompress(state)[0].shape
+      ({'step': (1000,), 'step#2': (1000,)}, (16, 16))
 
     Raises:
-      ValueError: an unknown kind, a ratio outside its range, or a pattern that matches no module path.
+      ValueError: an unknown kind, a ratio outside its range, or a pattern that matches no module path; `samples` or
+        `ids` without the other things that they need; `.compress` raises it where there is nothing to keep norms of.
+      TypeError: raised by the step: no argument holds the norms.
 
     Source: Bershatsky et al., "Memory-Efficient Backpropagation through Large Linear Layers", 2022 (arXiv 2201.13195);
     Liu et al., "Winner-Take-All Column Row Sampling for Memory Efficient Adaptation of Language Model", NeurIPS 2023
-    (arXiv 2305.15265), section 3.
+    (arXiv 2305.15265), section 3, and its appendix on the cache. Unlike there, several weights that read one value
+    share its rows and its norms; a sample not seen yet counts as the mean of the batch's others; and a tenth of the
+    chances goes by the rows' own norms, so that no row that matters has none, whatever the cache holds.
 
-    Limits: the sample's probabilities go by the rows' own norms; the cache of gradient norms from earlier steps that
-    WTA-CRS multiplies them with is not built. Values that anything else reads later, gradients of convolutions, and
-    what is inside a `shard_map` stay as they are. A value that is not finite makes the whole gradient not finite.
+    Limits: values that anything else reads later, gradients of convolutions, and what is inside a `shard_map` stay as
+    they are. A value that is not finite makes the whole gradient not finite. `step.compress(state, *args)` needs the
+    arguments of a call. Norms are kept in pairs of loops and at the top level: not where one loop holds both passes
+    (accumulated gradients), nor in sharded steps, nor where another pass stores the norms in a form of its own; the
+    plan says so, and rows are then drawn by their own norms.
     """
 
     kind: str = "rmm"
