@@ -91,11 +91,11 @@ class Sketch:
     share its rows and its norms; a sample not seen yet counts as the mean of the batch's others; and a tenth of the
     chances goes by the rows' own norms, so that no row that matters has none, whatever the cache holds.
 
-    Limits: values that anything else reads later, gradients of convolutions, and what is inside a `shard_map` stay as
-    they are. A value that is not finite makes the whole gradient not finite. `step.compress(state, *args)` needs the
-    arguments of a call. Norms are kept in pairs of loops and at the top level: not where one loop holds both passes
-    (accumulated gradients), nor in sharded steps, nor where another pass stores the norms in a form of its own; the
-    plan says so, and rows are then drawn by their own norms.
+    Limits: values that anything else reads later, gradients of convolutions, and what is inside a `shard_map` or split
+    over devices stay as they are. A value that is not finite makes the whole gradient not finite.
+    `step.compress(state, *args)` needs the arguments of a call. Norms are kept in pairs of loops and at the top level:
+    not where one loop holds both passes (accumulated gradients), nor in sharded steps, nor where another pass stores
+    the norms in a form of its own; the plan says so, and rows are then drawn by their own norms.
     """
 
     kind: str = "rmm"
@@ -136,6 +136,9 @@ class Sketch:
                 or _residuals.is_view(survey.graph, one.value)
                 or not jnp.issubdtype(one.aval.dtype, jnp.floating)
             ):
+                continue
+            if one.aval.shape != survey.graph.values[one.value].aval.shape:
+                yield Left(f"The sketch of a value in {one.module or 'the step'}", "it is split over devices")
                 continue
             form = self.form(one.aval.shape, one.aval.dtype, axes)
             leaves = jax.eval_shape(form.encode, jax.ShapeDtypeStruct(one.aval.shape, one.aval.dtype))

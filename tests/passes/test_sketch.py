@@ -183,3 +183,13 @@ def test_always_keeps_a_sketch_without_a_budget_and_where_it_saves_nothing(kind)
         return step.plan(*arguments(rows=64)).stores
 
     assert not stored(ratio=0.9) and set(stored(ratio=0.9, always=True).values()) == {kind}
+
+
+def test_values_that_are_split_over_devices_are_left_and_the_plan_says_so():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    ws, x = arguments()
+    x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("d")))
+    step = memopt.optimize(jax.grad(scanned), passes=[Sketch("wta", 0.5, always=True)], verify=False)
+    plan = step.plan(ws, x)
+    assert not plan.stores and any("split over devices" in note for note in plan.notes)
+    np.testing.assert_allclose(step(ws, x), jax.grad(scanned)(ws, x), rtol=1e-4, atol=1e-5)
