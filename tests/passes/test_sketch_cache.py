@@ -7,11 +7,12 @@ import pickle
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import memopt
 from memopt import _compat as c
-from memopt.passes import Remat, Sketch
+from memopt.passes import CompressState, LowRankState, Remat, Sketch
 from memopt.passes import _sketch_norms as ledger
 
 BATCH, TOKENS, WIDTH, DEPTH, SAMPLES, DRAWS = 16, 8, 16, 2, 40, 150
@@ -276,3 +277,41 @@ def test_places_in_the_batch_number_samples_where_no_argument_does():
     state, _ = planned(planned.compress(args[0], *args), *args[1:])
     (norms,) = state.sketch_norms.values()
     assert norms.shape == (DEPTH, BATCH) and np.all(norms > 0)
+
+
+def test_plans_that_repeat_draw_the_same_rows():
+    args = arguments()
+    step = memopt.optimize(step_of(scanned), passes=[CACHED, Remat()], budget="200%", verify=False)
+    state = step.compress(args[0], *args)
+    rungs = step.trace(state, *args[1:])._program.ladder.rungs[1:]
+    leaves = jax.tree.leaves((state, *args[1:]))
+    first, *others = (jax.jit(c.as_function(rung.closed))(*leaves) for rung in rungs)
+    assert others and any(rung.choice.repeats for rung in rungs)
+    for other in others:
+        for one, two in zip(first, other, strict=True):
+            np.testing.assert_allclose(one, two, rtol=2e-4, atol=1e-4 * np.abs(one).max())
+
+
+@pytest.mark.loose_promotion
+def test_other_forms_of_the_state_stand_beside_norms():
+    optimizer = optax.sgd(1e-4, momentum=0.9)
+
+    def train(ws, moments, x, y, ids):
+        loss, grads = jax.value_and_grad(scanned)(ws, x, y)
+        updates, moments = optimizer.update(grads, moments, ws)
+        return optax.apply_updates(ws, updates), moments, loss
+
+    ws, *data = arguments()
+    cached = dataclasses.replace(CACHED, ids="[4]")
+    for other, drawn in (
+        (LowRankState(4, where="*.trace*"), True),
+        (CompressState("int8", where="*sketch_norms*", min_size=1), False),
+    ):
+        step = memopt.optimize(train, passes=[other, cached], verify=False)
+        moments = optimizer.init(ws)
+        state = step.compress(moments, ws, moments, *data)
+        plan = step.plan(ws, state, *data)
+        assert any(d.choice == "wta" for d in plan.decisions) == drawn
+        assert any("in a form of its own" in note for note in plan.notes) != drawn
+        _, state, _ = step(ws, state, *data)
+        assert step.decompress(state)[0].trace.shape == ws.shape
