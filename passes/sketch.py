@@ -87,9 +87,10 @@ class Sketch:
 
     Source: Bershatsky et al., "Memory-Efficient Backpropagation through Large Linear Layers", 2022 (arXiv 2201.13195);
     Liu et al., "Winner-Take-All Column Row Sampling for Memory Efficient Adaptation of Language Model", NeurIPS 2023
-    (arXiv 2305.15265), section 3, and its appendix on the cache. Unlike there, several weights that read one value
-    share its rows and its norms; a sample not seen yet counts as the mean of the batch's others; and a tenth of the
-    chances goes by the rows' own norms, so that no row that matters has none, whatever the cache holds.
+    (arXiv 2305.15265), section 3, and algorithm 1 of its appendix for the cache. Unlike there, several weights that
+    read one value share its rows and its norms; a sample not seen yet counts as the mean of the batch's others; and a
+    tenth of the chances goes by the rows' own norms, so that no row that matters has none, whatever the cache holds.
+    Norms are those of samples, whose tokens share them; the authors' code keeps one of each token.
 
     Limits: values that anything else reads later, gradients of convolutions, and what is inside a `shard_map` or split
     over devices stay as they are. A value that is not finite makes the whole gradient not finite.

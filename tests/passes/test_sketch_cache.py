@@ -187,7 +187,7 @@ def test_a_state_is_a_plain_pytree_and_a_second_call_compiles_nothing():
     leaves, tree = jax.tree_util.tree_flatten(pickle.loads(pickle.dumps(jax.tree.map(np.asarray, state))))
     state = jax.tree_util.tree_unflatten(tree, map(jnp.asarray, leaves))
     state, first = step(state, *args[1:])
-    with jax.log_compiles(False), _no_compilation():
+    with _no_compilation():
         state, second = step(state, *args[1:])
     assert second < first and state.sketch_count == 2
     assert step.compress(state, state, *args[1:]) is state
