@@ -93,7 +93,6 @@ class _Builder:
     def __init__(self, pass_: Any, graph: g.Graph, base: Any, numbers: Any):
         self.pass_, self.graph, self.base, self.numbers = pass_, graph, base, numbers
         self.top, self.loops = _Body(), {}
-        self.ends: list[Any] = []  # equations at the end of the step
         self.next_count: Any = None
 
     def start(self, count: Any) -> None:
@@ -124,7 +123,8 @@ class _Builder:
         if site.loops is not None:
             squares = self._stacked(second, squares, site.layers)
         eqns, (new,) = _traced(lambda *a: (ledger.written(*a),), [norms, self.numbers, squares], None)
-        self.ends += eqns
+        last = site.readers[-1] if site.loops is None else site.loops[1]
+        self.top.after.setdefault(id(last.eqn), []).extend(eqns)
         return new
 
     def _sliced(self, body: _Body, stack: Any) -> Any:
@@ -159,7 +159,7 @@ class _Builder:
 
     def finished(self, outvars: Sequence[Any]) -> Any:
         """Return the step with all that was added, without dead code."""
-        eqns = [*self.top.equations(self.base, self._loop), *self.ends]
+        eqns = self.top.equations(self.base, self._loop)
         return c.dce(c.rebuild(self.base, eqns=eqns, outvars=list(outvars)))[0]
 
     def _loop(self, eqn: Any) -> Any:
