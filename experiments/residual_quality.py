@@ -4,8 +4,10 @@ In: flags; the sources of Python's standard library for a byte-level GPT, scikit
 transformer. Out: for each way of storing what the backward pass reads the cosine between its gradient and the exact one
 and their relative distance, then the loss on held-out data after training with it, its spread over the seeds and its
 gap to exact training; two tables and CSV files. Everything that a forward pass keeps is stored (`always=True`, nothing
-repeated); all trainings see the same batches and start from the same parameters. Exit code 1 where int8 does not end
-within the seeds' spread of exact training.
+repeated); of sketches, all that weight gradients alone read. All trainings see the same batches and start from the same
+parameters. Norms of samples are kept where samples have numbers: of the digits; they are those that the form itself
+has found. Exit code 1 where a form stores nothing (before any training), and where int8 does not end within the seeds'
+spread of exact training.
 
 The digits need the extra `bench` (`pip install -e '.[bench]'`); `--models=gpt` does without. The defaults are a reduced
 form, of minutes on one core. The long form:
@@ -26,7 +28,7 @@ import _text
 import numpy as np
 from absl import app, flags
 
-#: Ways to store, as a pass: codecs by name, sketches as kind:ratio.
+#: Ways to store, as a pass: codecs by name, sketches as kind:ratio; kind:ratio:norms keeps gradient norms of samples.
 FORMS = (
     "int8",
     "fp8-e4m3",
@@ -41,6 +43,8 @@ FORMS = (
     "rmm:0.1",
     "wta:0.5",
     "wta:0.1",
+    "wta:0.5:norms",
+    "wta:0.1:norms",
 )
 GRADIENTS = (
     _report.Column("model", "model"),
@@ -65,7 +69,7 @@ TRAININGS = (
 def define_flags() -> None:
     """Define the flags; called when this file runs as a script, never at import."""
     flags.DEFINE_list("models", ["gpt", "vit"], "gpt, vit or both.")
-    flags.DEFINE_list("forms", list(FORMS), "Codecs as Compress takes them, sketches as kind:ratio.")
+    flags.DEFINE_list("forms", list(FORMS), "Codecs by name, sketches as kind:ratio or kind:ratio:norms.")
     flags.DEFINE_list("train", ["int8", "int4", "int2", "derivative4", "rmm:0.5", "wta:0.5"], "Forms to train with.")
     flags.DEFINE_integer("width", 64, "Features.")
     flags.DEFINE_integer("depth", 2, "Layers.")
@@ -79,18 +83,31 @@ def define_flags() -> None:
     flags.DEFINE_string("out_dir", "out/residual_quality", "Folder for the CSV files.")
 
 
-def make_pass(form: str) -> Any:
-    """Return the pass of a form: `Sketch` for `kind:ratio`, else `Compress` of everything that is kept."""
+def make_pass(form: str, samples: int = 0) -> Any:
+    """Return the pass of a form: `Sketch` for `kind:ratio`, else `Compress` of everything that is kept.
+
+    Args:
+      form: a way to store.
+      samples: how many samples the data has, for forms that keep norms of them; their numbers are the last argument.
+    """
     import memopt
 
-    kind, _, ratio = form.partition(":")
-    if ratio:
-        return memopt.passes.Sketch(kind, ratio=float(ratio))
-    return memopt.passes.Compress(form, always=True)
+    kind, *more = form.split(":")
+    if not more:
+        return memopt.passes.Compress(form, always=True)
+    norms = {"samples": samples, "ids": "[4]"} if keeps_norms(form) else {}
+    return memopt.passes.Sketch(kind, ratio=float(more[0]), always=True, **norms)
+
+
+def keeps_norms(form: str) -> bool:
+    """Say whether a form keeps gradient norms of samples from step to step."""
+    return form.endswith(":norms")
 
 
 class Gpt:
-    """The byte-level GPT and its data."""
+    """The byte-level GPT and its data: windows of a text, which have no numbers."""
+
+    samples = 0
 
     def __init__(self, values: Any):
         from memopt.models import gpt2
@@ -128,15 +145,36 @@ class Vit:
         held = np.arange(len(images)) % 5 == 0
         labels = digits.target.astype(np.int32)
         self.data = {"train": (images[~held], labels[~held]), "validation": (images[held], labels[held])}
+        self.samples = int((~held).sum())
 
     def batch(self, split: str, step: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Return images and labels of one step."""
-        images, labels = self.data[split]
-        chosen = np.random.default_rng((seed, step)).integers(0, len(images), self.values.batch)
-        return images[chosen], labels[chosen]
+        chosen = self.numbers(split, step, seed)
+        return tuple(array[chosen] for array in self.data[split])
+
+    def numbers(self, split: str, step: int, seed: int) -> np.ndarray:
+        """Return which images a step sees."""
+        chosen = np.random.default_rng((seed, step)).integers(0, len(self.data[split][0]), self.values.batch)
+        return chosen.astype(np.int32)
 
 
 MODELS: dict[str, Callable[[Any], Any]] = {"gpt": Gpt, "vit": Vit}
+
+
+class Remembering:
+    """The loss and its gradient from rows that are drawn by the norms of earlier calls.
+
+    Args:
+      step: a step over norms, parameters, inputs, labels and numbers of samples.
+      fresh: its norms before the first call.
+    """
+
+    def __init__(self, step: Callable[..., Any], fresh: Any):
+        self.step, self.fresh, self.norms = step, fresh, fresh
+
+    def __call__(self, *args: Any) -> tuple[Any, Any]:
+        self.norms, loss, grads = self.step(self.norms, *args)
+        return loss, grads
 
 
 class Bench:
@@ -147,6 +185,7 @@ class Bench:
 
         self.values, self.task = values, MODELS[name](values)
         self.optimizer = optax.adamw(values.rate, weight_decay=0.0)
+        self.known: dict[str, tuple[Callable[..., Any], Any]] = {}
 
     def loss(self, params: Any, inputs: Any, labels: Any) -> Any:
         """Return the mean cross-entropy."""
@@ -170,15 +209,36 @@ class Bench:
         return jax.value_and_grad(self.loss)
 
     def stored(self, form: str) -> tuple[Callable[..., Any], Any]:
-        """Return the loss and its gradient with residuals in this form, and the plan."""
+        """Return the loss and its gradient with residuals in this form, and the plan; made once."""
         import memopt
 
-        args = (self.start(0)[0], *self.task.batch("train", 0, 0))
-        common = dict(target="cpu", passes=[make_pass(form)], verify=False)
-        points = memopt.optimize(self.grad, budget="100%", **common).frontier(*args)
-        least = min(point.peak_bytes for point in points)
-        planned = memopt.optimize(self.grad, budget=least, **common)
-        return planned, planned.plan(*args)
+        if form not in self.known and keeps_norms(form):
+            self.known[form] = self.remembering(form)
+        if form not in self.known:
+            args = (self.start(0)[0], *self.task.batch("train", 0, 0))
+            planned = memopt.optimize(self.grad, target="cpu", passes=[make_pass(form)], verify=False)
+            self.known[form] = planned, planned.plan(*args)
+        return self.known[form]
+
+    def remembering(self, form: str) -> tuple[Remembering, Any]:
+        """Return the loss and its gradient in a form that keeps norms of samples, and the plan."""
+        import jax.numpy as jnp
+
+        import memopt
+
+        def step(norms: Any, params: Any, inputs: Any, labels: Any, numbers: Any) -> tuple[Any, Any, Any]:
+            return norms, *self.grad(params, inputs, labels)
+
+        planned = memopt.optimize(step, target="cpu", passes=[make_pass(form, self.task.samples)], verify=False)
+        args = (self.start(0)[0], *self.task.batch("train", 0, 0), self.task.numbers("train", 0, 0))
+        norms = jnp.zeros(())
+        norms = planned.compress(norms, norms, *args)
+        return Remembering(planned, norms), planned.plan(norms, *args)
+
+    def fed(self, grad: Callable[..., Any], step: int, seed: int) -> tuple[Any, ...]:
+        """Return what a gradient takes at a step of training beside the parameters."""
+        batch = self.task.batch("train", step, seed)
+        return (*batch, self.task.numbers("train", step, seed)) if isinstance(grad, Remembering) else batch
 
     def advance(self, grad: Callable[..., Any]) -> Callable[..., Any]:
         """Return a compiled training step over this gradient."""
@@ -198,9 +258,22 @@ class Bench:
     def train(self, grad: Callable[..., Any], seed: int, steps: int) -> Any:
         """Return the parameters after so many steps."""
         step, (params, state) = self.advance(grad), self.start(seed)
+        if isinstance(grad, Remembering):
+            grad.norms = grad.fresh
         for i in range(steps):
-            params, state = step(params, state, self.task.batch("train", i, seed))
+            params, state = step(params, state, self.fed(grad, i, seed))
         return params
+
+    def watched(self, exact: Callable[..., Any], grads: Sequence[Remembering], steps: int) -> Any:
+        """Return the parameters after so many exact steps, which these gradients have seen as well."""
+
+        def grad(*args: Any) -> Any:
+            for one in grads:
+                one(*args)
+            return exact(*args[:3])
+
+        watching = Remembering(lambda norms, *args: (norms, *grad(*args)), None)
+        return self.train(watching if grads else exact, 0, steps)
 
     def held_out(self, params: Any) -> float:
         """Return the loss on held-out data."""
@@ -241,13 +314,13 @@ def gradient_rows(name: str, bench: Bench, forms: Sequence[str], warm: int) -> l
     import jax
 
     exact = jax.jit(bench.grad)
-    args = (bench.train(exact, 0, warm), *bench.task.batch("train", warm, 0))
-    want, rows = exact(*args), []
+    params = bench.watched(exact, [bench.stored(form)[0] for form in forms if keeps_norms(form)], warm)
+    want, rows = exact(params, *bench.task.batch("train", warm, 0)), []
     for form in forms:
         grad, plan = bench.stored(form)
-        kept = [d for d in plan.decisions if d.choice not in ("keep", "recompute")]
+        kept = [d for d in plan.decisions if d.choice in names_of(plan)]
         row = {"model": name, "form": form, "stored": len(kept), "kept_bytes": sum(d.value_bytes for d in kept)}
-        rows.append(row | compared(want, grad(*args)))
+        rows.append(row | compared(want, grad(params, *bench.fed(grad, warm, 0))))
         print(f"{name} {form}: cosine {rows[-1]['cosine']:.6f}, error {rows[-1]['error']:.4f}", flush=True)
     return rows
 
@@ -269,6 +342,21 @@ def training_rows(name: str, bench: Bench, forms: Sequence[str], steps: int, see
     return rows
 
 
+def names_of(plan: Any) -> set[str]:
+    """Return what a plan calls the forms in which it stores values, those that a rewrite made included."""
+    return {d.choice for d in plan.decisions} - {"keep", "recompute"}
+
+
+def possible(bench: Bench, forms: Sequence[str]) -> list[str]:
+    """Return the forms that a model's data allows: norms are kept of samples that have numbers."""
+    return [form for form in forms if bench.task.samples or not keeps_norms(form)]
+
+
+def empty(bench: Bench, forms: Sequence[str]) -> list[str]:
+    """Return the forms in which nothing of a model is stored: training with them would be exact training."""
+    return [form for form in dict.fromkeys(forms) if not names_of(bench.stored(form)[1])]
+
+
 def far(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the models that int8 trains worse than exactly by more than the seeds' spread."""
     spread = {row["model"]: row["spread"] for row in rows if row["form"] == "exact"}
@@ -283,10 +371,15 @@ def main(argv: Sequence[str]) -> int:
     gradients, trainings = [], []
     for name in values.models:
         bench = Bench(name, values)
-        gradients += gradient_rows(name, bench, values.forms, values.warm)
+        forms, train = possible(bench, values.forms), possible(bench, values.train if values.steps else ())
+        nothing = empty(bench, [*forms, *train])
+        if nothing:
+            print(f"FAILED: of {name} nothing is stored as {', '.join(nothing)}: leave it out", file=sys.stderr)
+            return 1
+        gradients += gradient_rows(name, bench, forms, values.warm)
         _report.write_csv(folder / "gradients.csv", gradients)
         if values.steps:
-            trainings += training_rows(name, bench, values.train, values.steps, values.seeds)
+            trainings += training_rows(name, bench, train, values.steps, values.seeds)
             _report.write_csv(folder / "trainings.csv", trainings)
     size = f"{values.depth} layers of {values.width}, batches of {values.batch}"
     _report.print_table(GRADIENTS, gradients, f"Gradients after {values.warm} steps, {size}")

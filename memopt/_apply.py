@@ -206,7 +206,8 @@ class _Builder:
         """Make the leaves of a stored value right here; those that nothing reads are dropped with other dead code."""
         item = self.graph.values[value]
         like = None if item.op is None else item.op.eqn
-        eqns, self.leaves[value] = _forms.emit(self.forms.of[value].encode, [item.var], like)
+        read = [self.graph.values[v].var for v in (value, *self.stores[value].reads)]
+        eqns, self.leaves[value] = _forms.emit(self.forms.of[value].encode, read, like)
         self._emit(body, eqns, self._made(item))
 
     def _decode(self, body: _Body, value: int, segment: int, form: _forms.Form) -> Any:

@@ -44,7 +44,7 @@ class Store:
       value: the value's id in the survey's graph.
       seconds: predicted time of encoding and decoding it once.
       bytes: bytes of the encoded value, of one run of the operation that makes it.
-      encode: the value -> a pytree of arrays; traced once.
+      encode: the value, and what `reads` names -> a pytree of arrays; traced once.
       decode: that pytree -> a value of the same shape and dtype; traced once.
       error: largest relative error that the decoded value may have, as the pass states it; 0.0 is exact.
       name: what the plan calls this form, such as `"int8"`.
@@ -56,6 +56,7 @@ class Store:
         exact forms that take next to no time. Where no pass repeats anything it makes no difference.
       again_seconds: predicted time of decoding it once more, which is then done where readers lie on both sides of
         something larger than the value, rather than hold it through that. None: it is held.
+      reads: values that `encode` takes after the value: inputs of the region that the value is made in.
     """
 
     value: int
@@ -69,6 +70,7 @@ class Store:
     asked: bool = False
     late: bool = False
     again_seconds: float | None = None
+    reads: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

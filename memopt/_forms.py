@@ -34,7 +34,7 @@ class Form:
     """A traced `Store`.
 
     Attributes:
-      encode: open jaxpr without constants, of the value; its outputs are the encoded leaves.
+      encode: open jaxpr without constants, of the value and what it reads; its outputs are the encoded leaves.
       decode: one of the leaves; its output is the value again.
       lossy: whether the decoded value may differ.
       readers: the operations that it serves; None where it serves all.
@@ -151,18 +151,19 @@ def refusal(graph: g.Graph, store: Store) -> str | None:
 def _traced(graph: g.Graph, store: Store) -> Form:
     known = _TRACED.setdefault(graph, {})
     if id(store) not in known:
-        known[id(store)] = store, _trace(store, graph.values[store.value].aval)
+        known[id(store)] = store, _trace(store, [graph.values[v].aval for v in (store.value, *store.reads)])
     return known[id(store)][1]
 
 
-def _trace(store: Store, aval: Any) -> Form:
+def _trace(store: Store, avals: Sequence[Any]) -> Form:
     """Trace both functions.
 
     Raises:
       ValueError: they have effects, or do not give back the value's shape and dtype.
     """
-    value = jax.ShapeDtypeStruct(aval.shape, aval.dtype, weak_type=aval.weak_type)
-    encode, leaves = jax.make_jaxpr(store.encode, return_shape=True)(value)
+    aval = avals[0]
+    values = [jax.ShapeDtypeStruct(a.shape, a.dtype, weak_type=a.weak_type) for a in avals]
+    encode, leaves = jax.make_jaxpr(store.encode, return_shape=True)(*values)
     decode, back = jax.make_jaxpr(store.decode, return_shape=True)(leaves)
     if encode.effects or decode.effects:
         raise ValueError(f"The form {store.name!r} has effects: encode and decode have to be pure.")

@@ -261,12 +261,13 @@ class Optimized:
         return _stored.compress(state, self._forms, self._asker(state, args, kwargs) if args or kwargs else None)
 
     def _asker(self, state: Any, args: tuple, kwargs: dict) -> Callable[[Any, Any], None]:
-        """Return a function of a form and a state in place of the given one: traces the step over that form alone."""
+        """Return a function of a form and a state for the given one: traces the step over the forms up to that one."""
         if not any(a is state for a in (*args, *kwargs.values())):
             raise ValueError("The arguments given to compress do not hold the state: pass the same object among them.")
 
         def ask(form: Any, instead: Any) -> None:
-            settings = dataclasses.replace(self._settings, passes=(form,))
+            before = self._forms[: self._forms.index(form) + 1]  # the state is in the form of those already
+            settings = dataclasses.replace(self._settings, passes=before)
             step = Optimized(self._fn, self._options, settings, nnx_mode=self._nnx_mode)
             given = [instead if a is state else a for a in args]
             named = {name: instead if a is state else a for name, a in kwargs.items()}

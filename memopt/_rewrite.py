@@ -35,8 +35,9 @@ def rewriters(passes: Iterable[Any]) -> list[Rewriter]:
 
 
 def is_required(passes: Iterable[Any]) -> bool:
-    """Whether one of the passes is applied whatever the budget."""
-    return any(not p.optional for p in rewriters(passes))
+    """Whether one of the passes is applied whatever the budget: a rewrite, or a form of what is kept (`always`)."""
+    passes = list(passes)
+    return any(not p.optional for p in rewriters(passes)) or any(getattr(p, "always", False) for p in passes)
 
 
 def partitions(passes: Iterable[Any]) -> int:

@@ -36,7 +36,8 @@ def compress(state: Any, forms: Sequence[StateForm], ask: Callable[[StateForm, A
     Args:
       state: the state.
       forms: the passes that store it.
-      ask: traces the step over one form, with a state in the place of the given one; for passes that look at the step.
+      ask: traces the step over the forms up to one, with a state in the place of the given one; for passes that look at
+        the step.
     """
     for form in forms:
         asks = ask is not None and getattr(form, "asks", False)

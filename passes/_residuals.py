@@ -63,7 +63,7 @@ def residuals(survey: Survey) -> list[Residual]:
 def _find(survey: Survey) -> Iterator[Residual]:
     graph, marks = survey.graph, _forms.Marks(survey.graph)
     readers = later_readers(graph)
-    paths = functools.cache(lambda region: _around(graph, region))
+    paths = functools.cache(lambda region: around(graph, region))
     for item in graph.values:
         if item.kind not in (g.MADE, g.CARRY_IN) or not c.guardable(item.var) or c.is_local(item.aval):
             continue
@@ -152,18 +152,19 @@ def is_view(graph: g.Graph, value: int) -> bool:
     return op is None and graph.values[value].kind != g.CARRY_IN
 
 
-def _around(graph: g.Graph, region: int) -> str:
+def around(graph: g.Graph, region: int) -> str:
+    """Return the name stack around a region: those of the loops that it is in."""
     op = graph.regions[region].op
     if op is None:
         return ""
-    return "/".join(p for p in (_around(graph, op.region), str(c.name_stack(op.eqn))) if p)
+    return "/".join(p for p in (around(graph, op.region), str(c.name_stack(op.eqn))) if p)
 
 
 def paths(survey: Survey) -> list[str]:
     """Return the module paths of all operations, for patterns that match nothing."""
     graph = survey.graph
-    around = functools.cache(lambda region: _around(graph, region))
-    found = {"/".join(p for p in (around(op.region), str(c.name_stack(op.eqn))) if p) for op in graph.ops}
+    outside = functools.cache(lambda region: around(graph, region))
+    found = {"/".join(p for p in (outside(op.region), str(c.name_stack(op.eqn))) if p) for op in graph.ops}
     return sorted(map(_scopes.module_path, found))
 
 

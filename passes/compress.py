@@ -41,7 +41,8 @@ class Compress:
       where: `fnmatch` patterns on module paths, a string or a tuple; empty for everything.
       error: largest relative error to allow, that of the codec against the largest magnitude of a block.
       only_marked: only what `@memopt.compress` marks.
-      always: keep in this codec's form whatever a plan keeps of these values, rather than where it pays; for one codec.
+      always: keep in this codec's form whatever is kept of these values, also without a budget, rather than where it
+        pays; for one codec.
 
     Example:
       >>> import memopt

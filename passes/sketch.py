@@ -2,15 +2,16 @@
 
 In: a survey of the step. Out: a `Store` for each forward value whose later readers are contractions for weight
 gradients alone, found by dataflow. A gradient made from a sketch is random, and right in expectation; nothing else of
-the backward pass, and nothing of the forward pass, reads it. Which are taken is the planner's choice.
+the backward pass, and nothing of the forward pass, reads it. Which are taken is the planner's choice; but where the
+state holds gradient norms of samples, the step is rewritten to use and renew them (`_sketch_cache`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +19,16 @@ import numpy as np
 
 from memopt import _forms
 from memopt import _graph as g
-from memopt._contract import Left, Store
+from memopt._contract import Context, Left, Rewritten, Store
 from memopt._survey import Survey
-from memopt.passes import _residuals
+from memopt.passes import _residuals, _sketch_cache, _sketch_state
+from memopt.passes._sketch_form import Combined, Sampled
+from memopt.passes._sketch_norms import Rows
+from memopt.passes._sketch_sites import CONTRACTIONS, weight_gradients
 
 _KINDS = ("rmm", "rmm-gaussian", "wta")
-_CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general"})
+#: Values that are looked at to find what a weight is made of.
+_FEW = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,33 +48,65 @@ class Sketch:
     Memory of such a value falls to about `ratio`; the cost is two matmuls of `2 * rows * rank * features` FLOPs (rmm),
     or a sort of the rows' norms and a scatter (wta). Gradients of weights are unbiased and noisy, all else is exact.
 
+    The variance of `"wta"` is smallest where rows are drawn by `|x_i| |dy_i|`, and `dY` is not known yet. With
+    `samples`, the state holds for each such value the norm of every sample's `dY` when it was last seen (float32
+    `[samples]`, times layers in a scanned stack), written by each step; rows are drawn by their own norms times those.
+    It is then done in every plan. The weight's gradient is made from the kept rows alone, `ratio` of its FLOPs.
+
     Args:
       kind: one of these.
       ratio: `rank / rows`, above 0 and below 1.
       where: `fnmatch` patterns on module paths, a string or a tuple; empty for everything.
-      seed: of the random numbers; each value's own come from it and a hash of the value's bits.
+      seed: of the random numbers. Each value's own come from it and a hash of the bits of the value and of the weights
+        that it is multiplied with, which every update changes: no step draws those of another one, also where it sees
+        the same data. With `samples` they come from the number of the step, which the state counts.
+      always: keep as a sketch whatever is kept of these values, also without a budget, rather than where the predicted
+        peak falls.
+      samples: how many samples the data set has; 0 keeps no norms. For `"wta"`.
+      ids: a pattern of the `jax.tree_util.keystr` path of the argument that numbers the batch's samples, int32
+        `[batch]` from 0 up to `samples`. Empty where a sample's place in the batch is its number.
 
     Example:
-      >>> import memopt
+      >>> import jax, jax.numpy as jnp, memopt
       >>> memopt.passes.Sketch("wta", ratio=0.3)
-      Sketch(kind='wta', ratio=0.3, where=(), seed=0)
+      Sketch(kind='wta', ratio=0.3, where=(), seed=0, always=False, samples=0, ids='')
+      >>> def step(ws, x, ids):
+      ...     grads = jax.grad(lambda ws: jnp.sum(jnp.sin(x * jnp.sin(x) @ ws[0]) @ ws[1]))(ws)
+      ...     return jax.tree.map(lambda w, g: w - 0.1 * g, ws, grads)
+      >>> step = memopt.optimize(step, passes=[memopt.passes.Sketch("wta", 0.3, samples=1000, ids="[2]")])
+      >>> ws, x, ids = [jnp.ones((16, 16)), jnp.ones((16, 4))], jnp.ones((128, 16)), jnp.arange(128)
+      >>> state = step.compress(ws, ws, x, ids)
+      >>> state = step(state, x, ids)
+      >>> {name: norms.shape for name, norms in state[0].sketch_norms.items()}, step.decompress(state)[0].shape
+      ({'step': (1000,), 'step#2': (1000,)}, (16, 16))
 
     Raises:
-      ValueError: an unknown kind, a ratio outside its range, or a pattern that matches no module path.
+      ValueError: an unknown kind, a ratio outside its range, or a pattern that matches no module path; `samples` or
+        `ids` without the other things that they need; `.compress` raises it where there is nothing to keep norms of.
+      TypeError: raised by the step: no argument holds the norms.
 
     Source: Bershatsky et al., "Memory-Efficient Backpropagation through Large Linear Layers", 2022 (arXiv 2201.13195);
     Liu et al., "Winner-Take-All Column Row Sampling for Memory Efficient Adaptation of Language Model", NeurIPS 2023
-    (arXiv 2305.15265), section 3.
+    (arXiv 2305.15265), section 3, and algorithm 1 of its appendix for the cache. Unlike there, several weights that
+    read one value share its rows and its norms; a sample not seen yet counts as the mean of the batch's others; and a
+    tenth of the chances goes by the rows' own norms, so that no row that matters has none, whatever the cache holds.
+    Norms are those of samples, whose tokens share them; the authors' code keeps one of each token.
 
-    Limits: the sample's probabilities go by the rows' own norms; the cache of gradient norms from earlier steps that
-    WTA-CRS multiplies them with is not built. Values that anything else reads later, gradients of convolutions, and
-    what is inside a `shard_map` stay as they are. A value that is not finite makes the whole gradient not finite.
+    Limits: values that anything else reads later, gradients of convolutions, and what is inside a `shard_map` or split
+    over devices stay as they are. A value that is not finite makes the whole gradient not finite.
+    `step.compress(state, *args)` needs the arguments of a call. Norms are kept in pairs of loops and at the top level:
+    not where one loop holds both passes (accumulated gradients), nor in sharded steps, nor where another pass stores
+    the norms in a form of its own; the plan says so, and rows are then drawn by their own norms.
     """
 
     kind: str = "rmm"
     ratio: float = 0.1
     where: str | tuple[str, ...] = ()
     seed: int = 0
+    always: bool = False
+    samples: int = 0
+    ids: str = ""
+    stage: ClassVar[int] = 5
 
     def __post_init__(self):
         object.__setattr__(self, "where", (self.where,) if isinstance(self.where, str) else tuple(self.where))
@@ -77,6 +114,11 @@ class Sketch:
             raise ValueError(f"A sketch is one of {', '.join(_KINDS)}, not {self.kind!r}.")
         if not 0.0 < self.ratio < 1.0:
             raise ValueError(f"The ratio of rank to rows is above 0 and below 1, not {self.ratio}.")
+        if self.samples < 0 or (self.samples and self.kind != "wta") or (self.ids and not self.samples):
+            raise ValueError(
+                f"Norms are kept of samples={self.samples} by ids={self.ids!r} and kind={self.kind!r}: they are for "
+                "'wta', of as many samples as the data has, which is above 0."
+            )
 
     @property
     def name(self) -> str:
@@ -88,15 +130,20 @@ class Sketch:
         marks = _forms.Marks(survey.graph)
         for one in _residuals.chosen(survey, self.where):
             readers = frozenset(o for o in one.readers if marks.is_backward(survey.graph.ops[o]))
-            axes = _rows_of(survey.graph, one.value, len(one.aval.shape), readers, marks)
+            axes = weight_gradients(survey.graph, one.value, len(one.aval.shape), readers, marks)
             if (
                 axes is None
+                or one.mark == "sketch"  # rows of a value that a rewrite keeps already
                 or _residuals.is_view(survey.graph, one.value)
                 or not jnp.issubdtype(one.aval.dtype, jnp.floating)
             ):
                 continue
+            if one.aval.shape != survey.graph.values[one.value].aval.shape:
+                yield Left(f"The sketch of a value in {one.module or 'the step'}", "it is split over devices")
+                continue
             form = self.form(one.aval.shape, one.aval.dtype, axes)
             leaves = jax.eval_shape(form.encode, jax.ShapeDtypeStruct(one.aval.shape, one.aval.dtype))
+            reads = _weights(survey.graph, one.value)
             size = sum(survey.bytes_of(leaf) for leaf in leaves)
             if size < one.bytes:
                 seconds = _residuals.move_seconds(survey, size, 2 * one.bytes) + form.seconds(survey.spec)
@@ -109,161 +156,83 @@ class Sketch:
                     error=form.error,
                     name=self.kind,
                     readers=readers,
+                    asked=self.always,
+                    reads=reads,
                 )
+
+    @property
+    def stores_state(self) -> bool:
+        """Whether the step's state holds gradient norms of samples."""
+        return self.samples > 0
+
+    @property
+    def optional(self) -> bool:
+        """Whether the budget decides: where the state holds norms, rows are kept whatever the budget."""
+        return not self.stores_state
+
+    @property
+    def asks(self) -> bool:
+        """Whether the step is looked at to know what there are norms of."""
+        return self.stores_state
+
+    def compress(self, state: Any, ask: Callable[[Any], None] | None = None) -> Any:
+        """Return a state, or shapes of one, with norms of no sample seen yet beside its first array.
+
+        Args:
+          state: a plain state, or one that has norms already.
+          ask: traces the step with a state in the place of the given one.
+
+        Raises:
+          ValueError: there is nothing to keep norms of, or the step was not given to look at.
+        """
+        return _sketch_state.compress(self, state, ask)
+
+    def decompress(self, state: Any) -> Any:
+        """Return a state, or shapes of one, without norms."""
+        return _sketch_state.decompress(state)
+
+    def over(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the step over a state with norms; called with a plain one it raises a TypeError with the remedy."""
+        return _sketch_state.over(self, fn)
+
+    def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
+        """Return the step with rows kept by the norms in its state; None where it has none."""
+        return _sketch_cache.rewritten(self, closed, context) if self.stores_state else None
+
+    def rows(self, shape: tuple[int, ...], dtype: Any, axes: tuple[int, ...], sample_axis: int, group: int) -> Rows:
+        """Return how rows of arrays of this shape and dtype are drawn by cached norms; see `Rows`."""
+        return Rows(**self._common(shape, dtype, axes), sample_axis=sample_axis, group=group)
 
     def form(self, shape: tuple[int, ...], dtype: Any, axes: tuple[int, ...]) -> Combined | Sampled:
         """Return the sketch of arrays of this shape and dtype, whose rows are along `axes`."""
-        rows = math.prod(shape[a] for a in axes)
-        common = dict(shape=tuple(shape), dtype=np.dtype(dtype).name, axes=tuple(axes), seed=self.seed)
-        common["rank"] = max(1, min(rows - 1, round(self.ratio * rows)))
+        common = self._common(shape, dtype, axes)
         return Sampled(**common) if self.kind == "wta" else Combined(**common, gaussian=self.kind == "rmm-gaussian")
 
-
-def _rows_of(
-    graph: g.Graph, value: int, rank: int, readers: frozenset[int], marks: _forms.Marks
-) -> tuple[int, ...] | None:
-    """Return the axes that weight gradients contract, where the backward pass reads a value for nothing but those."""
-    found = set()
-    for reader in (graph.ops[o] for o in readers):
-        if reader.eqn.primitive.name != "dot_general":
-            return None
-        contracting, batches = reader.eqn.params["dimension_numbers"]
-        sides = [i for i, v in enumerate(reader.inputs) if v == value]
-        if len(sides) != 1 or any(batches) or _feeds_gradients(graph, reader, marks):
-            return None
-        found.add(tuple(contracting[sides[0]]))
-    axes = found.pop() if len(found) == 1 else None
-    return axes if axes and len(axes) < rank else None
+    def _common(self, shape: tuple[int, ...], dtype: Any, axes: tuple[int, ...]) -> dict[str, Any]:
+        rows = math.prod(shape[a] for a in axes)
+        rank = max(1, min(rows - 1, round(self.ratio * rows)))
+        return dict(shape=tuple(shape), dtype=np.dtype(dtype).name, axes=tuple(axes), rank=rank, seed=self.seed)
 
 
-def _feeds_gradients(graph: g.Graph, op: g.Op, marks: _forms.Marks) -> bool:
-    """Say whether another contraction of the backward pass reads what is made from an operation's result."""
-    made = set(op.outputs)
-    for other in graph.regions[op.region].ops[op.index + 1 :]:
-        if made.isdisjoint(v for v in other.inputs if v is not None):
-            continue
-        if other.eqn.primitive.name in _CONTRACTIONS or other.bodies:
-            return True
-        if marks.is_backward(other):
-            made.update(other.outputs)
-    return False
+def _weights(graph: g.Graph, value: int) -> tuple[int, ...]:
+    """Return what is there from the start of a value's region, and multiplied with it: weights, mostly.
 
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """What both sketches have in common: the array as a matrix `[rows, features]`, and a key of its own."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    axes: tuple[int, ...]
-    rank: int
-    seed: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of the matrix."""
-        return math.prod(self.shape[a] for a in self.axes)
-
-    @property
-    def features(self) -> int:
-        """Columns of the matrix."""
-        return math.prod(self.shape) // self.rows
-
-    @property
-    def _order(self) -> tuple[int, ...]:
-        return (*self.axes, *(a for a in range(len(self.shape)) if a not in self.axes))
-
-    def _matrix(self, x: Any) -> Any:
-        return jnp.transpose(x, self._order).reshape(self.rows, self.features)
-
-    def _array(self, matrix: Any) -> Any:
-        array = matrix.reshape(tuple(self.shape[a] for a in self._order))
-        return jnp.transpose(array, tuple(int(i) for i in np.argsort(self._order)))
-
-    def _hash(self, x: Any) -> Any:
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-        return jnp.sum(bits, dtype=jnp.uint32)
-
-    def _key(self, hashed: Any) -> Any:
-        return jax.random.fold_in(jax.random.key(self.seed), hashed)
-
-
-@dataclasses.dataclass(frozen=True)
-class Combined(_Rows):
-    """A matrix `X` as `S.T @ X / sqrt(rank)`: `decode` gives `S @ S.T @ X / rank`, whose expectation is `X`.
-
-    The leaves are the combinations, `[rank, features]` of the array's dtype, and a hash from which `S` is made again.
+    Where a weight is made of others (cast, or a sum with an adapter's), those.
     """
-
-    gaussian: bool = False
-
-    @property
-    def error(self) -> float:
-        """Expected error relative to the norm of the array, of a decoded array; that of the gradient is smaller."""
-        return math.sqrt(self.rows / self.rank)
-
-    def seconds(self, spec: Any) -> float:
-        """Return the predicted seconds of both matmuls."""
-        return 2 * 2.0 * self.rows * self.rank * self.features / spec.matmul_rate(self.dtype)
-
-    def _random(self, hashed: Any) -> Any:
-        make = jax.random.normal if self.gaussian else jax.random.rademacher
-        return make(self._key(hashed), (self.rows, self.rank), self.dtype)
-
-    def encode(self, x: Any) -> tuple[Any, Any]:
-        """Return the combinations and the hash."""
-        hashed = self._hash(x)
-        product = jnp.matmul(self._random(hashed).T, self._matrix(x), preferred_element_type=jnp.float32)
-        return (product * np.float32(1 / math.sqrt(self.rank))).astype(self.dtype), hashed
-
-    def decode(self, leaves: tuple[Any, Any]) -> Any:
-        """Return an array whose expectation is the one that was encoded."""
-        product = jnp.matmul(self._random(leaves[1]), leaves[0], preferred_element_type=jnp.float32)
-        return self._array((product * np.float32(1 / math.sqrt(self.rank))).astype(self.dtype))
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampled(_Rows):
-    """A matrix as `rank` of its rows: the largest as they are, others drawn at random and scaled.
-
-    The leaves are the rows, `[rank, features]` of the array's dtype, and their numbers, `int32 [rank]`. `decode` adds
-    them up in an array of zeros, whose expectation is the one that was encoded.
-    """
-
-    @property
-    def error(self) -> float:
-        """Expected error relative to the norm of the array, at most, of a decoded array."""
-        return math.sqrt(self.rows / self.rank)
-
-    def seconds(self, spec: Any) -> float:
-        """Return the predicted seconds of sorting the norms."""
-        return self.rows * math.log2(max(2, self.rows)) ** 2 / spec.vector_flops_per_second
-
-    def encode(self, x: Any) -> tuple[Any, Any]:
-        """Return the rows and their numbers."""
-        matrix = self._matrix(x)
-        index, weight = self.sample(jnp.sum(matrix.astype(jnp.float32) ** 2, axis=1), self._key(self._hash(x)))
-        return (matrix[index].astype(jnp.float32) * weight[:, None]).astype(self.dtype), index
-
-    def sample(self, squares: Any, key: Any) -> tuple[Any, Any]:
-        """Return numbers and weights of `rank` rows whose squared norms are given; the largest come first."""
-        norms = jnp.sqrt(squares) + np.float32(jnp.finfo(jnp.float32).tiny)
-        order = jnp.argsort(-norms).astype(jnp.int32)
-        chance = norms[order] / jnp.sum(norms)
-        reached = jnp.cumsum(chance)
-        slots = jnp.arange(self.rank, dtype=jnp.int32)
-        before = jnp.concatenate([jnp.zeros(1, jnp.float32), reached])[: self.rank]
-        left = jnp.maximum(1 - before, 0)
-        kept = jnp.argmin(left / (self.rank - slots).astype(jnp.float32)).astype(jnp.int32)
-        rest = left[kept]
-        drawn = before[kept] + jax.random.uniform(key, (self.rank,), jnp.float32) * rest
-        # A comparison of all with all, which fuses: JAX 0.12's searchsorted cannot be lowered from within a jaxpr.
-        drawn = jnp.sum(reached[:, None] <= drawn[None], axis=0, dtype=jnp.int32)
-        place = jnp.where(slots < kept, slots, jnp.clip(drawn, kept, self.rows - 1))
-        scaled = rest / ((self.rank - kept).astype(jnp.float32) * chance[place])
-        return order[place], jnp.where(slots < kept, jnp.float32(1), scaled)
-
-    def decode(self, leaves: tuple[Any, Any]) -> Any:
-        """Return an array whose expectation is the one that was encoded."""
-        empty = jnp.zeros((self.rows, self.features), self.dtype)
-        return self._array(empty.at[leaves[1]].add(leaves[0], mode="promise_in_bounds"))
+    region, found = graph.values[value].region, {}
+    stack = [
+        v
+        for op in graph.regions[region].ops
+        if op.eqn.primitive.name in CONTRACTIONS and value in op.inputs
+        for v in op.inputs
+        if v is not None and v != value
+    ]
+    seen = set(stack)
+    while stack and len(seen) < _FEW:
+        item = graph.values[stack.pop()]
+        if item.region == region and item.op is None and jnp.issubdtype(item.aval.dtype, jnp.floating):
+            found[item.id] = None
+        made_of = {v for v in item.op.inputs if v is not None} - seen if item.op is not None else set()
+        seen |= made_of
+        stack += sorted(made_of)
+    return tuple(sorted(found))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import memopt
 from memopt import _apply, _forms
 from memopt import _compat as c
 from memopt._planner import make_ladder
@@ -25,6 +26,7 @@ def operands():
     return x.astype(np.float32), y.astype(np.float32)
 
 
+@functools.cache
 def draws(kind, ratio=0.25):
     """The gradient `X.T @ Y` made from so many sketches, each from a seed of its own, and the form."""
     x, y = operands()
@@ -143,3 +145,51 @@ def test_settings_that_make_no_sense_are_refused():
     for make in (lambda: Sketch("count"), lambda: Sketch(ratio=0.0), lambda: Sketch(ratio=1.0)):
         with pytest.raises(ValueError, match="not"):
             make()
+
+
+def from_data(ws, x):
+    """A loss whose first layer reads what no parameter changes."""
+    return unrolled(ws, x * jnp.sin(x))
+
+
+@pytest.mark.parametrize("kind", ["rmm", "wta"])
+def test_every_update_brings_new_random_numbers_also_for_the_same_data(kind):
+    ws, x = arguments(depth=3, rows=128, width=16)
+    exact = jax.jit(jax.grad(from_data))
+    grad = memopt.optimize(jax.grad(from_data), passes=[Sketch(kind, 0.25, always=True)], verify=False)
+    assert len(grad.plan(ws, x).stores) == 3
+    errors = []
+    for _ in range(200):
+        step = grad(ws, x)
+        errors.append(np.asarray(step, np.float64) - exact(ws, x))
+        ws = ws - 1e-6 * step
+    np.testing.assert_array_equal(grad(ws, x), grad(ws, x))
+    for layer in np.moveaxis(np.asarray(errors), 1, 0):
+        mean, variance = np.linalg.norm(layer.mean(0)), np.sum(layer**2) / len(layer)
+        assert variance > 0.01 and mean <= 3 * np.sqrt(variance / len(layer))
+
+
+def test_a_hash_tells_numbers_of_16_bits_apart():
+    values = jax.random.normal(jax.random.key(0), (20_000, 2, 4), jnp.bfloat16)
+    form = Sketch().form((2, 4), values.dtype, (0,))
+    hashes = np.asarray(jax.vmap(lambda x: form._hash(x, ()))(values))
+    assert len(set(hashes.tolist())) >= 0.999 * len(hashes)
+
+
+@pytest.mark.parametrize("kind", ["rmm", "wta"])
+def test_always_keeps_a_sketch_without_a_budget_and_where_it_saves_nothing(kind):
+    def stored(**settings):
+        step = memopt.optimize(jax.grad(scanned), passes=[Sketch(kind, **settings)], target="cpu", verify=False)
+        return step.plan(*arguments(rows=64)).stores
+
+    assert not stored(ratio=0.9) and set(stored(ratio=0.9, always=True).values()) == {kind}
+
+
+def test_values_that_are_split_over_devices_are_left_and_the_plan_says_so():
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    ws, x = arguments()
+    x = jax.device_put(x, jax.NamedSharding(mesh, jax.P("d")))
+    step = memopt.optimize(jax.grad(scanned), passes=[Sketch("wta", 0.5, always=True)], verify=False)
+    plan = step.plan(ws, x)
+    assert not plan.stores and any("split over devices" in note for note in plan.notes)
+    np.testing.assert_allclose(step(ws, x), jax.grad(scanned)(ws, x), rtol=1e-4, atol=1e-5)
