@@ -59,6 +59,13 @@ class Names:
         name, count = self.name(op), len(op.outputs)
         return [name] if count == 1 else [f"{name}:{i}" for i in range(count)]
 
+    def value(self, value: int) -> str:
+        """Return the name of a value: that of its operation's result, or of the loop and its carry."""
+        item = self.survey.graph.values[value]
+        if item.op is not None:
+            return self.results(item.op)[item.op.outputs.index(value)]
+        return f"{self.name(self.survey.graph.regions[item.region].op)}/carry.{item.operand}"
+
     def _around(self, region: int) -> str:
         if region not in self._prefix:
             op = self.survey.graph.regions[region].op
@@ -114,7 +121,7 @@ def decisions(survey: Survey, names: Names, chosen: Any, repeatable: Mapping[int
 
 
 def _row(survey, names, value, choice, size, count, repeatable, store) -> Decision:
-    item = survey.graph.values[value]
+    item, name = survey.graph.values[value], names.value(value)
     places = f"read in {count} later place{'s' if count > 1 else ''}"
     stored_bytes = None
     if store is not None and choice == store.name:
@@ -124,11 +131,9 @@ def _row(survey, names, value, choice, size, count, repeatable, store) -> Decisi
         places += f"; kept {exact} in {share:.1%} of its bytes"
     if item.op is None:
         loop = survey.graph.regions[item.region].op
-        base = f"{names.name(loop)}/carry.{item.operand}"
         reason = f"{places}; a loop's carry"
-        return Decision(base, names.module(loop), c.user_source(loop.eqn), size, choice, reason, stored_bytes)
+        return Decision(name, names.module(loop), c.user_source(loop.eqn), size, choice, reason, stored_bytes)
     op = item.op
-    name = names.results(op)[op.outputs.index(value)]
     trips = survey.graph.regions[op.region].trips
     flops = _cost.matmul_flops(op.eqn) * trips
     if op.id in repeatable:
