@@ -56,6 +56,10 @@ class Store:
         exact forms that take next to no time. Where no pass repeats anything it makes no difference.
       again_seconds: predicted time of decoding it once more, which is then done where readers lie on both sides of
         something larger than the value, rather than hold it through that. None: it is held.
+      harm: what it does to the step's gradients by itself, as measured (`memopt.Sensitivity`), in whatever unit adds up
+        over values, such as the squared relative error; None where nothing was measured. Of plans within the budget
+        the one of the smallest sum is taken, or those up to `harm_limit`, an attribute of the pass, are allowed.
+      repeated_harm: the same where repeats start from it.
     """
 
     value: int
@@ -69,6 +73,8 @@ class Store:
     asked: bool = False
     late: bool = False
     again_seconds: float | None = None
+    harm: float | None = None
+    repeated_harm: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

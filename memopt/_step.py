@@ -67,6 +67,7 @@ class Step:
         self.stores_by_pass: list[list[Store]] = []  # of each pass that proposes any
         self.always: set[int] = set()
         self.asked: dict[int, Store] = {}  # what the user asked by a scope to keep in this form
+        self.sensitivity, self.harm_limit = _measured(passes)
         if passes and self.flat is not None:
             self._survey(overrides)
 
@@ -144,7 +145,10 @@ class Step:
 
     def decisions(self, choice: Choice) -> list[Decision]:
         """Return the rows of a plan."""
-        return [] if self.survey is None else decisions(self.survey, self.names, choice, self.repeatable)
+        if self.survey is None:
+            return []
+        harms = {v: (self.sensitivity.figure(x), self.sensitivity.words(x)) for v, x in self.harms(choice).items()}
+        return decisions(self.survey, self.names, choice, self.repeatable, harms)
 
     def choice_of(self, plan: Plan) -> Choice:
         """Return the choice that a saved plan holds.
@@ -164,8 +168,35 @@ class Step:
         repeats = {place: frozenset(ops) for place, ops in plan.repeats.items()}
         return Choice(repeats, {value: forms[value, name] for value, name in plan.stores.items()})
 
+    def harm(self, choice: Choice) -> float:
+        """Return the harm that a choice's forms were measured to do, errors of several taken as independent."""
+        return sum(self.harms(choice).values())
+
+    def harms(self, choice: Choice) -> dict[int, float]:
+        """Return the harm of each measured form, by value."""
+        ops = self.survey.graph.ops if self.survey is not None else ()
+        started = {v for some in choice.repeats.values() for op in some for v in ops[op].inputs}
+        measured = {v: s for v, s in choice.stores.items() if s.harm is not None}
+        return {v: s.repeated_harm if v in started else s.harm for v, s in measured.items()}
+
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
         """What a saved plan of this step is good for."""
         found = fingerprint(self.closed, self.target, self.passes, self.local)
         return found if self.survey is None else {**found, "graph": graph_digest(self.survey.graph)}
+
+
+def _measured(passes: Sequence[Any]) -> tuple[Any, float | None]:
+    """Return what was measured for the passes, and the harm that they allow in all; None for each where nothing is.
+
+    Raises:
+      ValueError: two passes have figures of different kinds, which do not add up.
+    """
+    found = [p for p in passes if getattr(p, "sensitivity", None) is not None]
+    kinds = sorted({p.sensitivity.kind for p in found})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"Errors of different kinds do not add up: {', '.join(kinds)}. Measure one kind for all passes."
+        )
+    limits = [p.harm_limit for p in found if p.harm_limit is not None]
+    return (found[0].sensitivity if found else None), min(limits, default=None)
