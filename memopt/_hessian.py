@@ -47,8 +47,9 @@ def loss_traces(
             every[i] = shift
         return run(*leaves, *every)[0]
 
-    found = traces(hutchinson(of, [shapes[i] for i in kept]), [shapes[i] for i in kept], samples=samples, seed=seed)
-    means = {values[i]: one for i, one in zip(kept, found, strict=True)}
+    blocks = [shapes[i] for i in kept]
+    found = estimates(hutchinson(of, blocks), blocks, samples=samples, seed=seed)
+    means = {values[i]: mean(one / max(1, shapes[i].size)) for i, one in zip(kept, found, strict=True)}
     return _omegas(survey, stores, means, leaves)
 
 
@@ -76,11 +77,11 @@ def gradient_traces(
         gradients, moved = jax.jvp(lambda shifts: run(*leaves, *shifts), (zeros,), (list(vectors),))
         return [_square(x) for x in moved], [_square(x) for x in gradients]
 
-    moved, norms = _sampled(squares, shapes, samples=samples, seed=seed)
+    moved, norms = estimates(squares, shapes, samples=samples, seed=seed)
     norm = norms[0][0][moved.sum(axis=(0, 1)) > 0].sum()
     found = moved.sum(axis=-1) / (norm if norm > 0 else 1.0)
     sizes = [max(1, s.size) for s in shapes]
-    means = {v: _mean(one / size) for v, one, size in zip(values, found, sizes, strict=True)}
+    means = {v: mean(one / size) for v, one, size in zip(values, found, sizes, strict=True)}
     return _omegas(survey, stores, means, leaves)
 
 
@@ -95,45 +96,39 @@ def hutchinson(function: Callable[[list[Any]], Any], shapes: Sequence[Any]) -> C
     return product
 
 
-def traces(product: Any, shapes: Sequence[Any], *, samples: int, seed: int) -> list[tuple[float, float]]:
-    """Return the mean trace of each diagonal block of a matrix, and its standard error.
+def estimates(function: Callable[[list[Any]], Any], shapes: Sequence[Any], *, samples: int, seed: int) -> Any:
+    """Return what a function makes of random vectors: entries that are 1 or -1 in one block, and 0 elsewhere.
 
-    Hutchinson's estimator: `z . H z` with entries of `z` that are 1 or -1 at random, in one block, and 0 elsewhere. Its
-    mean is the block's trace, its variance twice the sum of the squares of the block's entries off the diagonal.
+    Of `z . H z` (Hutchinson's estimator) the mean is the trace of the block of `H`, the variance twice the sum of the
+    squares of the block's entries off the diagonal.
 
     Args:
-      product: a list of arrays `z` -> `z . H z`.
+      function: a list of arrays -> a scalar, or a tuple of lists of scalars.
       shapes: those of the arrays, one for each block.
       samples: vectors for each block.
       seed: of the vectors.
+
+    Returns:
+      float64 `[blocks, samples]`, or a tuple of `[blocks, samples, ...]`.
     """
-    found = _sampled(product, shapes, samples=samples, seed=seed)
-    return [_mean(one / max(1, s.size)) for one, s in zip(found, shapes, strict=True)]
-
-
-def _sampled(function: Any, shapes: Sequence[Any], *, samples: int, seed: int) -> Any:
-    """Return what a function makes of the random vectors of each block: float64 arrays of `[blocks, samples, ...]`."""
 
     @jax.jit
-    def sample(key: Any, block: Any) -> Any:
-        keys = jax.random.split(key, len(shapes))
+    def sample(block: Any, number: Any) -> Any:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), number), len(shapes))
         drawn = [jax.random.rademacher(k, s.shape, s.dtype) for k, s in zip(keys, shapes, strict=True)]
         found = function([z * (block == np.int32(i)).astype(z.dtype) for i, z in enumerate(drawn)])
-        return tuple(map(jnp.stack, found)) if isinstance(found, tuple) else found
+        return tuple(map(jnp.stack, found)) if isinstance(found, tuple) else (found,)
 
-    key = jax.random.key(seed)
-    keys = [jax.random.fold_in(key, np.uint32(k)) for k in range(samples)]
-    found = [[sample(k, np.int32(i)) for k in keys] for i in range(len(shapes))]
-    if isinstance(found[0][0], tuple):
-        return tuple(
-            np.asarray([[one[k] for one in row] for row in found], np.float64) for k in range(len(found[0][0]))
-        )
-    return np.asarray(found, np.float64)
+    found = [[sample(np.int32(i), np.uint32(k)) for k in range(samples)] for i in range(len(shapes))]
+    parts = range(len(found[0][0]))
+    arrays = tuple(np.asarray([[one[k] for one in row] for row in found], np.float64) for k in parts)
+    return arrays if len(arrays) > 1 else arrays[0]
 
 
-def _mean(estimates: np.ndarray) -> tuple[float, float]:
-    spread = estimates.std(ddof=1) / math.sqrt(len(estimates)) if len(estimates) > 1 else math.inf
-    return float(estimates.mean()), float(spread)
+def mean(found: np.ndarray) -> tuple[float, float]:
+    """Return the mean of estimates and its standard error, which is infinite for a single one."""
+    spread = found.std(ddof=1) / math.sqrt(len(found)) if len(found) > 1 else math.inf
+    return float(found.mean()), float(spread)
 
 
 def _dot(x: Any, y: Any) -> Any:
@@ -150,9 +145,9 @@ def _omegas(survey: Survey, stores: Sequence[Store], means: Mapping, leaves: Seq
     found = dict(zip(values, arrays, strict=True))
     out: list[Traced | None] = []
     for store in stores:
-        mean, spread = means.get(store.value, (0.0, 0.0))
+        trace, spread = means.get(store.value, (0.0, 0.0))
         known = store.value in means
-        out.append((abs(mean) * _distance(store, found[store.value], survey), mean, spread) if known else None)
+        out.append((abs(trace) * _distance(store, found[store.value], survey), trace, spread) if known else None)
     return out
 
 

@@ -162,7 +162,7 @@ def make_ladder(
             searches = _promising(searches)
         found = (s.sketch() if sketched else _search_all(s, build, donated, plain) for s in searches)
         rungs = [rung for some in found for rung in some]
-        refused = [rung for rung in rungs if not rung.allowed]
+        refused = _rungs.refused(rungs)
         if _rewrite.is_required(passes):
             found = _hull_of(rungs)
             spares = _rungs.spares(found, rungs)

@@ -81,6 +81,15 @@ def hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:
     return out
 
 
+def refused(rungs: list[Rung]) -> list[Rung]:
+    """Return the plans over the limit of harm that none beats in peak and harm, the least harm first."""
+    out: list[Rung] = []
+    for rung in sorted((r for r in rungs if not r.allowed), key=lambda r: (r.harm, r.predicted_peak_bytes)):
+        if not out or rung.predicted_peak_bytes < out[-1].predicted_peak_bytes:
+            out.append(rung)
+    return out
+
+
 def spares(chosen: list[Rung], rungs: list[Rung]) -> list[Rung]:
     """Return the plans beside the chosen ones that none beats in cost and in what it would take without holes."""
     out, least = [], None

@@ -137,7 +137,8 @@ class Search:
             found[float(np.sqrt(low * high))] = self._at(float(np.sqrt(low * high)) * self.unit, weights)
 
     def _at(self, price: float, weights: np.ndarray) -> Rung:
-        return self.score(self.network.solve(price * weights, harm_price=price * self.harm_price), price)
+        choice = self.network.solve(price * weights, harm_price=price * self.harm_price)
+        return self.score(choice, None if self.harm_price else price)  # a price of harm leaves no bound on seconds
 
     def seed(self, usage: np.ndarray, *, necks: bool) -> None:
         """Try what people choose by hand: all matmuls kept, those without batch dimensions, named values, block inputs.

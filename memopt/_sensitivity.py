@@ -207,9 +207,10 @@ def sensitivity(
     Source: Dong et al., "HAWQ-V2: Hessian Aware trace-Weighted Quantization of Neural Networks", NeurIPS 2020 (arXiv
     1911.03852), section 3; gradients of a real batch as the measure: Liu et al., "GACT", ICML 2022, section 4.
 
-    Limits: one batch, at one point of training; a mean over several is the caller's. Harms of several values add up
-    where their errors are independent. Gradients that a loop uses up inside (`FuseUpdate`) are not seen. Sharded steps
-    are measured whole, not a device's part. Forms for some readers alone (`Sketch`) are not measured.
+    Limits: one batch, at one point of training, in the precision of its gradients; a mean over several is the caller's.
+    Harms of several values add up where their errors are independent. Gradients that a loop uses up inside
+    (`FuseUpdate`) are not seen. Sharded steps are measured whole, not a device's part. Forms for some readers alone
+    (`Sketch`) are not measured.
     """
     if kind not in KINDS:
         raise ValueError(f"A sensitivity is of one of the kinds {', '.join(map(repr, KINDS))}, not {kind!r}.")

@@ -289,11 +289,9 @@ def _error_advice(program: Program) -> list[str]:
     if not fitting:
         return []
     least = min(fitting, key=lambda rung: rung.harm)
-    sensitivity = least.step.sensitivity
-    return [
-        f"Allow a larger error (total_error={sensitivity.figure(least.harm) * 1.001:.4g}): {sensitivity.words(least.harm)} "
-        f"is predicted of a plan of {format_bytes(least.predicted_peak_bytes)}."
-    ]
+    figure, words = least.step.sensitivity.figure(least.harm) * 1.001, least.step.sensitivity.words(least.harm)
+    peak = format_bytes(least.predicted_peak_bytes)
+    return [f"Allow a larger error (total_error={figure:.4g}): {words} is predicted of a plan of {peak}."]
 
 
 def _compiler_advice(program: Program, index: int, peak_bytes: int) -> list[str]:
