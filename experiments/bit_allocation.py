@@ -1,15 +1,17 @@
 """Which residual gets how many bits: one width for all against mixes by measured sensitivity, at the same budgets.
 
-In: flags; the models and data of `residual_quality.py`, after some steps of exact training. Out: for each budget (the
-predicted peaks of one width for all, and points between them) plans of `Compress` with several codecs: chosen by bytes
-and seconds alone, by the measured gradient error of each value and codec, by its Gauss-Newton form, and by the
-Hessian-trace form of HAWQ-V2. Of each the bytes of all residuals, the error that was predicted from single values, and
-the relative error of the gradient that was measured, on the batch of the measurement and on others. A table, a CSV
-file, and a picture. Exit code 1 where a mix by gradient errors is worse than one width for all at its budget.
+In: flags; the models and data of `residual_quality.py`, after some steps of exact training. Out: for each budget (peak
+and residual bytes of one width for all, and of points between two) plans of `Compress` with several codecs: chosen by
+bytes and seconds alone, by the measured gradient error of each value and codec, by its Gauss-Newton form, and by the
+Hessian-trace form of HAWQ-V2. Of each the bytes of all residuals, which are no more than the budget's, the error that
+was predicted from single values, and the relative error of the gradient that was measured, on the batch of the
+measurement and on others. A table, a CSV file, and a picture. Exit code 1 where a mix by gradient errors is worse than
+one width for all at its budget.
 
     python experiments/bit_allocation.py --models=gpt
 """
 
+import bisect
 import functools
 import itertools
 import pathlib
@@ -26,13 +28,13 @@ from absl import app, flags
 
 COLUMNS = (
     _report.Column("model", "model"),
-    _report.Column("budget_bytes", "budget", "bytes"),
+    _report.Column("budget_bytes", "residuals allowed", "bytes"),
     _report.Column("way", "bits by"),
     _report.Column("mix", "values as"),
     _report.Column("residual_bytes", "residuals", "bytes"),
     _report.Column("predicted", "predicted", "number"),
-    _report.Column("error", "gradient error", "percent"),
-    _report.Column("other_error", "on other batches", "percent"),
+    _report.Column("error", "gradient error", "number"),
+    _report.Column("other_error", "on other batches", "number"),
 )
 UNIFORM, BLIND = "one width", "bytes and seconds"
 #: Ways to choose bits by a sensitivity: its kinds.
@@ -69,11 +71,12 @@ def mix(plan: Any) -> str:
     return ", ".join(f"{count} {form}" for form, count in sorted(counts.items(), reverse=True)) or "none"
 
 
-def budgets(peaks: Sequence[int], between: int) -> list[int]:
-    """Return these peaks and so many in equal steps between neighbours, largest first."""
-    found = [peaks[0]]
-    for above, below in itertools.pairwise(peaks):
-        found += [above - round((above - below) * k / (between + 1)) for k in range(1, between + 2)]
+def budgets(sizes: Sequence[tuple[int, int]], between: int) -> list[tuple[int, int]]:
+    """Return these pairs of peak and residual bytes, and so many in equal steps between neighbours, largest first."""
+    found = [sizes[0]]
+    for above, below in itertools.pairwise(sizes):
+        steps = [k / (between + 1) for k in range(1, between + 2)]
+        found += [tuple(round(a - (a - b) * x) for a, b in zip(above, below, strict=True)) for x in steps]
     return found
 
 
@@ -97,9 +100,22 @@ class Bench:
 
         return memopt.optimize(self.quality.grad, budget=budget, target="cpu", passes=[one], verify=False)
 
-    def smallest(self, one: Any) -> int:
-        """Return the smallest predicted peak of a pass."""
-        return min(point.peak_bytes for point in self.planned(one, "100%").frontier(*self.batches[0]))
+    @functools.cache  # noqa: B019 (a bench lives as long as the script)
+    def peaks(self, one: Any) -> list[int]:
+        """Return the predicted peaks of a pass's plans, largest first."""
+        return [point.peak_bytes for point in self.planned(one, "100%").frontier(*self.batches[0])]
+
+    @functools.cache  # noqa: B019 (a bench lives as long as the script)
+    def plan(self, one: Any, peak: int) -> Any:
+        """Return the step and the plan of a pass with this predicted peak."""
+        step = self.planned(one, peak)
+        return step, step.plan(*self.batches[0])
+
+    def within(self, one: Any, peak: int, most: int) -> Any:
+        """Return the first plan of a ladder within a peak whose residuals take no more bytes than this, or None."""
+        peaks = [p for p in self.peaks(one) if p <= peak]
+        first = bisect.bisect_left(peaks, True, key=lambda p: residual_bytes(self.plan(one, p)[1]) <= most)
+        return self.plan(one, peaks[first]) if first < len(peaks) else None
 
     def sensitivity(self, kind: str) -> Any:
         """Measure on the first batch."""
@@ -112,52 +128,50 @@ class Bench:
         print(f"{self.name} {kind}: {len(found.rows)} forms in {time.perf_counter() - start:.1f} s", flush=True)
         return found
 
-    def row(self, way: str, one: Any, budget: int) -> dict[str, Any] | None:
-        """Return the figures of a plan; None where none fits."""
-        import memopt
-
-        step = self.planned(one, budget)
-        try:
-            plan = step.plan(*self.batches[0])
-        except memopt.BudgetError:
-            return None
-        errors = [
-            residual_quality.compared(want, step(*args))["error"]
-            for want, args in zip(self.exact, self.batches, strict=True)
-        ]
-        return {
+    def row(self, way: str, found: Any, most: int) -> dict[str, Any]:
+        """Return the figures of a step with its plan."""
+        step, plan = found
+        pairs = zip(self.exact, self.batches, strict=True)
+        errors = [residual_quality.compared(want, step(*args))["error"] for want, args in pairs]
+        row = {
             "model": self.name,
-            "budget_bytes": budget,
+            "budget_bytes": most,
             "way": way,
             "mix": mix(plan),
             "residual_bytes": residual_bytes(plan),
+            "predicted_peak_bytes": plan.predicted_peak_bytes,
             "predicted": plan.predicted_error,
             "error": errors[0],
             "other_error": statistics.fmean(errors[1:]) if errors[1:] else None,
         }
+        print(f"{self.name} {_report.format_bytes(most)} {way}: {row['mix']}: {row['error']:.3g}", flush=True)
+        return row
 
 
 def rows_of(bench: Bench, values: Any, report: Callable[[dict[str, Any]], None]) -> None:
-    """Report a row for each budget and way."""
+    """Report a row for each budget and way; one width for all at the budgets of its own plans."""
     import memopt
 
-    uniform = {codec: memopt.passes.Compress(codec, always=True) for codec in values.codecs}
-    peaks = {codec: bench.smallest(one) for codec, one in uniform.items()}
     make = functools.partial(memopt.passes.Compress, tuple(values.codecs))
     ways = {BLIND: make()} | {kind: make(sensitivity=bench.sensitivity(kind)) for kind in values.kinds}
-    for budget in budgets(list(peaks.values()), values.between):
-        fitting = next(codec for codec in values.codecs if peaks[codec] <= budget)
-        for way, one in ({UNIFORM: uniform[fitting]} | ways).items():
-            row = bench.row(way, one, budget)
-            if row is not None:
-                report(row)
+    found = {}
+    for codec in values.codecs:
+        one = memopt.passes.Compress(codec, always=True)
+        step, plan = bench.plan(one, bench.peaks(one)[-1])
+        found[plan.predicted_peak_bytes, residual_bytes(plan)] = step, plan
+    for peak, most in budgets(list(found), values.between):
+        if (peak, most) in found:
+            report(bench.row(UNIFORM, found[peak, most], most))
+        for way, one in ways.items():
+            if within := bench.within(one, peak, most):
+                report(bench.row(way, within, most))
 
 
 def worse(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return the budgets at which bits by gradient errors have a larger measured error than one width for all."""
     found = {(row["model"], row["budget_bytes"], row["way"]): row["error"] for row in rows}
     places = [(model, budget) for model, budget, way in found if way == "gradient"]
-    bad = [(m, b) for m, b in places if found[m, b, "gradient"] > found.get((m, b, UNIFORM), float("inf"))]
+    bad = [(m, b) for m, b in places if found[m, b, "gradient"] > 1.001 * found.get((m, b, UNIFORM), float("inf"))]
     return [f"{model} at {_report.format_bytes(budget)}" for model, budget in bad]
 
 

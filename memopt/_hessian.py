@@ -140,18 +140,19 @@ def _square(x: Any) -> Any:
 
 
 def _omegas(survey: Survey, stores: Sequence[Store], means: Mapping, leaves: Sequence[Any]) -> list[Traced | None]:
-    values = list(means)
+    values, measured = list(means), [s for s in stores if s.value in means]
     arrays = jax.jit(c.as_function(_probe.made(survey, values)))(*leaves)
     found = dict(zip(values, arrays, strict=True))
-    out: list[Traced | None] = []
-    for store in stores:
-        trace, spread = means.get(store.value, (0.0, 0.0))
-        known = store.value in means
-        out.append((abs(trace) * _distance(store, found[store.value], survey), trace, spread) if known else None)
-    return out
+
+    @jax.jit
+    def distances(found: Mapping[int, Any]) -> list[Any]:
+        return [_distance(store, found[store.value], survey) for store in measured]
+
+    known = {id(s): float(x) for s, x in zip(measured, distances(found), strict=True)}
+    return [(abs(means[s.value][0]) * known[id(s)], *means[s.value]) if id(s) in known else None for s in stores]
 
 
-def _distance(store: Store, array: Any, survey: Survey) -> float:
+def _distance(store: Store, array: Any, survey: Survey) -> Any:
     """Return `|Q(x) - x|^2` over all runs of a value."""
 
     def square(x: Any) -> Any:
@@ -159,5 +160,4 @@ def _distance(store: Store, array: Any, survey: Survey) -> float:
         return jnp.sum((store.decode(store.encode(x)).astype(wide) - x.astype(wide)) ** 2)
 
     shape = survey.graph.values[store.value].aval.shape
-    runs = jnp.reshape(array, (-1, *shape))
-    return float(np.asarray(jax.jit(jax.vmap(square))(runs), np.float64).sum())
+    return jnp.sum(jax.vmap(square)(jnp.reshape(array, (-1, *shape))))

@@ -216,6 +216,9 @@ def sensitivity(
         raise ValueError(f"A sensitivity is of one of the kinds {', '.join(map(repr, KINDS))}, not {kind!r}.")
     step, leaves, out_paths = _step(fn, args, kwargs, passes, target)
     stores = [s for s in step.stores if s.error > 0.0 and s.readers is None]
+    if not step.repeatable:
+        read = {value for value, _ in step.survey.read_later({})}
+        stores = [s for s in stores if s.value in read]
     if kind != "gradient":
         stores = [s for s in stores if _probe.is_reached(step.survey.graph, s.value)]
     if not stores:
