@@ -11,7 +11,6 @@ one width for all at its budget.
     python experiments/bit_allocation.py --models=gpt
 """
 
-import bisect
 import functools
 import itertools
 import pathlib
@@ -94,28 +93,18 @@ class Bench:
         self.batches = [(params, *batch) for batch in tasks]
         self.exact = [exact(*args) for args in self.batches]
 
-    def planned(self, one: Any, budget: Any) -> Any:
-        """Return the gradient under a pass and a budget."""
+    @functools.cache  # noqa: B019 (a bench lives as long as the script)
+    def plans(self, one: Any) -> list[Any]:
+        """Return all plans of a pass, the largest predicted peak first."""
         import memopt
 
-        return memopt.optimize(self.quality.grad, budget=budget, target="cpu", passes=[one], verify=False)
-
-    @functools.cache  # noqa: B019 (a bench lives as long as the script)
-    def peaks(self, one: Any) -> list[int]:
-        """Return the predicted peaks of a pass's plans, largest first."""
-        return [point.peak_bytes for point in self.planned(one, "100%").frontier(*self.batches[0])]
-
-    @functools.cache  # noqa: B019 (a bench lives as long as the script)
-    def plan(self, one: Any, peak: int) -> Any:
-        """Return the step and the plan of a pass with this predicted peak."""
-        step = self.planned(one, peak)
-        return step, step.plan(*self.batches[0])
+        step = memopt.optimize(self.quality.grad, budget="100%", target="cpu", passes=[one])
+        return step.plans(*self.batches[0])[1:]
 
     def within(self, one: Any, peak: int, most: int) -> Any:
-        """Return the first plan of a ladder within a peak whose residuals take no more bytes than this, or None."""
-        peaks = [p for p in self.peaks(one) if p <= peak]
-        first = bisect.bisect_left(peaks, True, key=lambda p: residual_bytes(self.plan(one, p)[1]) <= most)
-        return self.plan(one, peaks[first]) if first < len(peaks) else None
+        """Return the first plan of a pass within a peak whose residuals take no more bytes than this, or None."""
+        fitting = (p for p in self.plans(one) if p.predicted_peak_bytes <= peak and residual_bytes(p) <= most)
+        return next(fitting, None)
 
     def sensitivity(self, kind: str) -> Any:
         """Measure on the first batch."""
@@ -128,9 +117,11 @@ class Bench:
         print(f"{self.name} {kind}: {len(found.rows)} forms in {time.perf_counter() - start:.1f} s", flush=True)
         return found
 
-    def row(self, way: str, found: Any, most: int) -> dict[str, Any]:
-        """Return the figures of a step with its plan."""
-        step, plan = found
+    def row(self, way: str, one: Any, plan: Any, most: int) -> dict[str, Any]:
+        """Return the figures of a plan of a pass."""
+        import memopt
+
+        step = memopt.optimize(self.quality.grad, target="cpu", passes=[one], plan=plan, verify=False)
         pairs = zip(self.exact, self.batches, strict=True)
         errors = [residual_quality.compared(want, step(*args))["error"] for want, args in pairs]
         row = {
@@ -157,14 +148,14 @@ def rows_of(bench: Bench, values: Any, report: Callable[[dict[str, Any]], None])
     found = {}
     for codec in values.codecs:
         one = memopt.passes.Compress(codec, always=True)
-        step, plan = bench.plan(one, bench.peaks(one)[-1])
-        found[plan.predicted_peak_bytes, residual_bytes(plan)] = step, plan
+        plan = bench.plans(one)[-1]
+        found[plan.predicted_peak_bytes, residual_bytes(plan)] = one, plan
     for peak, most in budgets(list(found), values.between):
         if (peak, most) in found:
-            report(bench.row(UNIFORM, found[peak, most], most))
+            report(bench.row(UNIFORM, *found[peak, most], most))
         for way, one in ways.items():
-            if within := bench.within(one, peak, most):
-                report(bench.row(way, within, most))
+            if plan := bench.within(one, peak, most):
+                report(bench.row(way, one, plan, most))
 
 
 def worse(rows: Sequence[dict[str, Any]]) -> list[str]:

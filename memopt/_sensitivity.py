@@ -27,7 +27,7 @@ from memopt._contract import Store
 from memopt._dispatch import Core
 from memopt._errors import format_bytes
 from memopt._fingerprint import graph_digest
-from memopt._optimize import Optimized, optimize
+from memopt._optimize import BoundOptimized, Optimized, optimize
 from memopt._step import Step
 
 KINDS = ("gradient", "gauss-newton", "hessian")
@@ -243,6 +243,9 @@ def sensitivity(
 
 def _step(fn: Any, args: tuple, kwargs: dict, passes: Any, target: Any) -> tuple[Step, list[Any], tuple[str, ...]]:
     """Return the step as it is planned, the leaves of the arguments, and the paths of its results."""
+    if isinstance(fn, BoundOptimized):
+        fn, first = fn.__func__.for_instance(fn.__self__)
+        args = (*first, *args)
     own = isinstance(fn, Optimized)
     if own and (passes is not None or target is not None):
         raise ValueError("passes and target cannot change a step that memopt.optimize made. Give them to it.")

@@ -1,5 +1,6 @@
 """Sensitivities against what is worked out by hand, and plans that give each value bits by them."""
 
+import functools
 import itertools
 import json
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import memopt
 from memopt import _codecs, _hessian, _probe
@@ -100,9 +102,9 @@ def planned(fn, one, budget, others=()):
 
 def plans(fn, one, args, others=()):
     """All plans of a ladder but the step as written, as functions with the plan of each."""
-    points = planned(fn, one, "100%", others).frontier(*args)[1:]
-    steps = [planned(fn, one, p.peak_bytes, others) for p in points]
-    return [(step, step.plan(*args)) for step in steps]
+    found = planned(fn, one, "100%", others).plans(*args)[1:]
+    common = dict(passes=[*others, one], target="cpu", verify=False)
+    return [(memopt.optimize(fn, plan=plan, **common), plan) for plan in found]
 
 
 def test_what_the_gradient_hardly_depends_on_gets_few_bits(first):
@@ -219,20 +221,21 @@ def test_hutchinson_estimates_have_the_mean_and_the_variance_of_theory():
         return function([p + x for p, x in zip(points, z, strict=True)])
 
     shapes = [jax.ShapeDtypeStruct(p.shape, p.dtype) for p in points]
-    exact = jax.hessian(at_zero)([jnp.zeros_like(p) for p in points])
-    samples = 400
+    exact = jax.jit(jax.hessian(at_zero))([jnp.zeros_like(p) for p in points])
+    samples = 100
     drawn = _hessian.estimates(_hessian.hutchinson(at_zero, shapes), shapes, samples=samples, seed=0)
     for i, point in enumerate(points):
         block = np.asarray(exact[i][i], np.float64).reshape(point.size, point.size)
         variance = 2 * np.sum((block - np.diag(np.diag(block))) ** 2)
         assert abs(drawn[i].mean() - np.trace(block)) < 4 * np.sqrt(variance / samples)
-        assert drawn[i].var(ddof=1) == pytest.approx(variance, rel=0.4)
+        assert drawn[i].var(ddof=1) == pytest.approx(variance, rel=0.5)
         assert _hessian.mean(drawn[i]) == pytest.approx((drawn[i].mean(), np.sqrt(variance / samples)), rel=0.3)
 
 
 def test_the_hessian_form_is_the_trace_times_the_distance():
     (ws, _), (x, y) = args = arguments()
-    found = {(r.value, r.form): r for r in measured(jax.value_and_grad(bent), args, kind="hessian").rows}
+    passes = [Remat(), Compress("int4")]  # so that values which repeats alone would read are measured, too
+    found = {(r.value, r.form): r for r in measured(jax.value_and_grad(bent), args, passes, kind="hessian").rows}
     array, codec = x * y, _codecs.lean(_codecs.codec("int4"))
     distance = sum(float(np.sum((codec.decode(codec.encode(one)) - one) ** 2)) for one in array)
     row = found["first/mul.0", "int4"]
@@ -298,6 +301,21 @@ def test_what_cannot_be_measured_is_refused_with_the_remedy(first):
     for text in ("", "{}", json.dumps(json.loads(first.to_json()) | {"memopt_sensitivity": 9})):
         with pytest.raises(ValueError, match="no saved sensitivity"):
             memopt.Sensitivity.from_json(text)
+
+
+def test_modules_and_methods_are_measured():
+    class Model(nnx.Module):
+        def __init__(self):
+            self.inner = nnx.Linear(64, 64, rngs=nnx.Rngs(0))
+
+        @functools.partial(memopt.optimize, passes=[Compress("int4")], target="cpu")
+        def step(self, x):
+            return nnx.value_and_grad(lambda m: jnp.sum(jnp.sin(jnp.sin(m.inner(x)))))(self)
+
+    model, x = Model(), deep_arguments()[1]
+    method = harms(memopt.sensitivity(model.step, x))
+    plain = measured(Model.step.__wrapped__, (model, x), [Compress("int4")])
+    assert method == harms(plain) and max(method.values()) > 0
 
 
 def test_a_step_that_memopt_made_is_measured_with_its_own_passes(first):

@@ -24,11 +24,14 @@ def test_budgets_lie_between_those_of_two_widths():
 
 def test_a_plan_has_to_keep_both_budgets():
     bench = object.__new__(bit_allocation.Bench)
-    bench.peaks = lambda one: [90, 80, 70, 60]
-    kept = {90: 50, 80: 45, 70: 30, 60: 10}
-    bench.plan = lambda one, peak: (peak, types.SimpleNamespace(decisions=[decision("keep", kept[peak])]))
-    assert bench.within("pass", 85, 100)[0] == 80
-    assert bench.within("pass", 85, 30)[0] == 70
+    figures = {90: 50, 80: 45, 70: 30, 60: 10}
+    plans = [
+        types.SimpleNamespace(predicted_peak_bytes=peak, decisions=[decision("keep", kept)])
+        for peak, kept in figures.items()
+    ]
+    bench.plans = lambda one: plans
+    assert bench.within("pass", 85, 100) is plans[1]
+    assert bench.within("pass", 85, 30) is plans[2]
     assert bench.within("pass", 85, 9) is None and bench.within("pass", 50, 100) is None
 
 
