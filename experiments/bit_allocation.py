@@ -58,9 +58,14 @@ def define_flags() -> None:
     flags.DEFINE_string("out_dir", "out/bit_allocation", "Folder for the CSV file and the picture.")
 
 
-def residual_bytes(plan: Any) -> int:
-    """Return the bytes of everything that a plan keeps for later, in the form that it keeps it in."""
-    kept = [d for d in plan.decisions if d.choice != "recompute"]
+def stored(plan: Any) -> frozenset[str]:
+    """Return the names of the values that a plan keeps in a lossy form."""
+    return frozenset(d.name for d in plan.decisions if d.stored_bytes is not None)
+
+
+def residual_bytes(plan: Any, names: frozenset[str]) -> int:
+    """Return the bytes of these values as a plan keeps them; what no codec is for is the same in all plans."""
+    kept = [d for d in plan.decisions if d.name in names and d.choice != "recompute"]
     return sum(d.value_bytes if d.stored_bytes is None else d.stored_bytes for d in kept)
 
 
@@ -86,6 +91,7 @@ class Bench:
         import jax
 
         self.name, self.values = name, values
+        self.names: frozenset[str] = frozenset()  # of the values that one width for all puts into it
         self.quality = residual_quality.Bench(name, values)
         exact = jax.jit(self.quality.grad)
         params = self.quality.train(exact, 0, values.warm)
@@ -103,8 +109,8 @@ class Bench:
 
     def within(self, one: Any, peak: int, most: int) -> Any:
         """Return the first plan of a pass within a peak whose residuals take no more bytes than this, or None."""
-        fitting = (p for p in self.plans(one) if p.predicted_peak_bytes <= peak and residual_bytes(p) <= most)
-        return next(fitting, None)
+        fits = (p for p in self.plans(one) if p.predicted_peak_bytes <= peak and residual_bytes(p, self.names) <= most)
+        return next(fits, None)
 
     def sensitivity(self, kind: str) -> Any:
         """Measure on the first batch."""
@@ -129,7 +135,7 @@ class Bench:
             "budget_bytes": most,
             "way": way,
             "mix": mix(plan),
-            "residual_bytes": residual_bytes(plan),
+            "residual_bytes": residual_bytes(plan, self.names),
             "predicted_peak_bytes": plan.predicted_peak_bytes,
             "predicted": plan.predicted_error,
             "error": errors[0],
@@ -149,7 +155,8 @@ def rows_of(bench: Bench, values: Any, report: Callable[[dict[str, Any]], None])
     for codec in values.codecs:
         one = memopt.passes.Compress(codec, always=True)
         plan = bench.plans(one)[-1]
-        found[plan.predicted_peak_bytes, residual_bytes(plan)] = one, plan
+        bench.names |= stored(plan)
+        found[plan.predicted_peak_bytes, residual_bytes(plan, bench.names)] = one, plan
     for peak, most in budgets(list(found), values.between):
         if (peak, most) in found:
             report(bench.row(UNIFORM, *found[peak, most], most))

@@ -5,14 +5,16 @@ import types
 import bit_allocation
 
 
-def decision(choice, value_bytes, stored_bytes=None):
-    return types.SimpleNamespace(choice=choice, value_bytes=value_bytes, stored_bytes=stored_bytes)
+def decision(choice, value_bytes, stored_bytes=None, name="a"):
+    return types.SimpleNamespace(choice=choice, value_bytes=value_bytes, stored_bytes=stored_bytes, name=name)
 
 
 def test_residuals_are_counted_in_the_form_that_they_are_kept_in():
     rows = [decision("keep", 100), decision("recompute", 70), decision("int4", 80, 10), decision("int8", 80, 20)]
+    rows.append(decision("keep", 1000, name="b"))
     plan = types.SimpleNamespace(decisions=[*rows, decision("int8", 40, 10)])
-    assert bit_allocation.residual_bytes(plan) == 140
+    assert bit_allocation.residual_bytes(plan, frozenset("a")) == 140
+    assert bit_allocation.stored(plan) == {"a"}
     assert bit_allocation.mix(plan) == "2 int8, 1 int4"
     assert bit_allocation.mix(types.SimpleNamespace(decisions=rows[:2])) == "none"
 
@@ -24,6 +26,7 @@ def test_budgets_lie_between_those_of_two_widths():
 
 def test_a_plan_has_to_keep_both_budgets():
     bench = object.__new__(bit_allocation.Bench)
+    bench.names = frozenset("a")
     figures = {90: 50, 80: 45, 70: 30, 60: 10}
     plans = [
         types.SimpleNamespace(predicted_peak_bytes=peak, decisions=[decision("keep", kept)])
