@@ -11,7 +11,8 @@ import pytest
 from flax import nnx
 
 import memopt
-from memopt import _codecs, _hessian, _probe
+from memopt import _bits, _codecs, _hessian, _probe
+from memopt._network import Choice, Network
 from memopt._step import Step
 from memopt._target import Target
 from memopt.passes import Compress, Remat
@@ -122,6 +123,26 @@ def test_what_the_gradient_hardly_depends_on_gets_few_bits(first):
         assert f"{plan.predicted_error:.3g} is predicted of" in str(plan)
 
 
+def test_the_frontier_takes_the_least_harm_a_byte_first(first):
+    closed = jax.make_jaxpr(jax.value_and_grad(loss))(*arguments())
+    step = Step(closed, Target.parse("cpu"), [Compress(CODECS, sensitivity=first)], None, None)
+    network = Network(step.survey, {}, np.ones(step.survey.bins, bool), frozenset(), step.stores)
+    found = _bits.frontier(step, Choice({}), step.stores, network, 16)
+    plain = sum(row.value_bytes for row in first.rows if row.form == "int2")
+    assert len(found) > 3 and {s.name for s in found[-1].stores.values()} == {"int2"}
+    points = [(0.0, plain), *((step.harm(choice), kept_bytes(step, choice, plain)) for choice in found)]
+    slopes = [(h - g) / (a - b) for (g, a), (h, b) in itertools.pairwise(points)]
+    assert slopes == sorted(slopes) and slopes[0] >= 0
+    few = _bits.frontier(step, Choice({}), step.stores, network, 2)
+    assert len(few) == 2 and few[-1].key == found[-1].key
+
+
+def kept_bytes(step, choice, plain):
+    """The bytes of all values with forms, over all runs."""
+    saved = [step.survey.bytes_of_value(v) - s.bytes for v, s in choice.stores.items()]
+    return plain - LAYERS * sum(saved)
+
+
 def least(found, plan):
     """The smallest sum of harms of any mix of forms that takes no more bytes than the plan's: by trying all."""
     stored = sum(d.stored_bytes or d.value_bytes for d in plan.decisions if d.name in ("first/mul.0", "second/div.0"))
@@ -167,6 +188,7 @@ def test_errors_where_repeats_start_from_a_value_are_those_of_such_plans():
     found = measured(fn, args, [*others, Compress("int4")])
     written = harms(found)
     assert any(row.repeated_harm > 1.2 * row.harm > 0 for row in found.rows)
+    assert any(row.repeated_harm > row.harm == 0 for row in found.rows)  # what the sine is repeated from
     exact = fn(*args)[1]
     step, plan = plans(fn, Compress("int4", sensitivity=found), args, others)[-1]
     (row,) = [d for d in plan.decisions if d.error is not None]
