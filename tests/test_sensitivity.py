@@ -233,11 +233,11 @@ def test_a_sensitivity_of_another_step_stores_nothing(first):
 
 def test_hutchinson_estimates_have_the_mean_and_the_variance_of_theory():
     def function(arrays):
-        a, b = arrays
-        return jnp.sum(jnp.sin(a) @ b) ** 2 + jnp.sum(a**3)
+        a, b, c = arrays
+        return jnp.sum(jnp.sin(a) @ b) ** 2 + jnp.sum(a**3) + jnp.sum(b * c**2)
 
     rng = np.random.default_rng(0)
-    points = [rng.standard_normal(s).astype(np.float32) for s in ((3, 4), (4,))]
+    points = [rng.standard_normal(s).astype(np.float32) for s in ((3, 4), (4,), (4,))]
 
     def at_zero(z):
         return function([p + x for p, x in zip(points, z, strict=True)])
@@ -249,9 +249,11 @@ def test_hutchinson_estimates_have_the_mean_and_the_variance_of_theory():
     for i, point in enumerate(points):
         block = np.asarray(exact[i][i], np.float64).reshape(point.size, point.size)
         variance = 2 * np.sum((block - np.diag(np.diag(block))) ** 2)
-        assert abs(drawn[i].mean() - np.trace(block)) < 4 * np.sqrt(variance / samples)
-        assert drawn[i].var(ddof=1) == pytest.approx(variance, rel=0.5)
-        assert _hessian.mean(drawn[i]) == pytest.approx((drawn[i].mean(), np.sqrt(variance / samples)), rel=0.3)
+        assert abs(drawn[i].mean() - np.trace(block)) < 4 * np.sqrt(variance / samples) + 1e-5
+        assert drawn[i].var(ddof=1) == pytest.approx(variance, rel=0.5, abs=1e-10)  # none of a diagonal block
+        assert _hessian.mean(drawn[i]) == pytest.approx(
+            (drawn[i].mean(), np.sqrt(variance / samples)), rel=0.3, abs=1e-6
+        )
 
 
 def test_the_hessian_form_is_the_trace_times_the_distance():
