@@ -3,10 +3,10 @@
 In: flags; the models and data of `residual_quality.py`, after some steps of exact training. Out: for each budget (peak
 and residual bytes of one width for all, and of points between two) plans of `Compress` with several codecs: chosen by
 bytes and seconds alone, by the measured gradient error of each value and codec, by its Gauss-Newton form, and by the
-Hessian-trace form of HAWQ-V2. Of each the bytes of all residuals, which are no more than the budget's, the error that
-was predicted from single values, and the relative error of the gradient that was measured, on the batch of the
-measurement and on others. A table, a CSV file, and a picture. Exit code 1 where a mix by gradient errors is worse than
-one width for all at its budget.
+Hessian-trace form of HAWQ-V2. Of each the bytes of all residuals, which are no more than the budget's where any plan's
+are, the error that was predicted from single values, and the relative error of the gradient that was measured, on the
+batch of the measurement and on others. A table, a CSV file, and a picture. Exit code 1 where a mix by gradient errors
+is worse than one width for all at its budget.
 
     python experiments/bit_allocation.py --models=gpt
 """
@@ -108,9 +108,14 @@ class Bench:
         return step.plans(*self.batches[0])[1:]
 
     def within(self, one: Any, peak: int, most: int) -> Any:
-        """Return the first plan of a pass within a peak whose residuals take no more bytes than this, or None."""
-        fits = (p for p in self.plans(one) if p.predicted_peak_bytes <= peak and residual_bytes(p, self.names) <= most)
-        return next(fits, None)
+        """Return the first plan of a pass within a peak whose residuals take no more bytes than this.
+
+        Where none is so small, as values have no figure by some sensitivity, it is the smallest; None where no plan is
+        within the peak.
+        """
+        plans = [(residual_bytes(p, self.names), p) for p in self.plans(one) if p.predicted_peak_bytes <= peak]
+        least = min((size for size, _ in plans), default=0)
+        return next((p for size, p in plans if size <= max(most, least)), None)
 
     def sensitivity(self, kind: str) -> Any:
         """Measure on the first batch."""
