@@ -112,15 +112,21 @@ def gradients(graph: g.Graph) -> list[int]:
 
     backward = {op.id: is_backward(op) for op in graph.top.ops}
     read = {v for op in graph.top.ops if not backward[op.id] for v in op.inputs} | set(graph.top.outs)
-    return [
-        item.id
-        for item in graph.values
-        if item.id in read
-        and item.region == graph.top.id
-        and item.op is not None
-        and backward[item.op.id]
-        and jnp.issubdtype(item.aval.dtype, jnp.floating)
-    ]
+    found = []
+    for value in sorted(v for v in read if v is not None and jnp.issubdtype(graph.values[v].aval.dtype, jnp.floating)):
+        maker = graph.values[source(graph, value)].op
+        if maker is not None and backward[maker.id]:
+            found.append(value)
+    return found
+
+
+def source(graph: g.Graph, value: int) -> int:
+    """Return the value that barriers hand on as this one: what preparing a step puts before a backward loop."""
+    op = graph.values[value].op
+    while op is not None and op.eqn.primitive.name == "optimization_barrier":
+        value = op.inputs[op.outputs.index(value)]
+        op = graph.values[value].op
+    return value
 
 
 def is_reached(graph: g.Graph, value: int) -> bool:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -268,7 +269,8 @@ def _step(fn: Any, args: tuple, kwargs: dict, passes: Any, target: Any) -> tuple
 
 def _unmeasured(one: Any) -> Any:
     """Return a pass as it is before anything was measured for it."""
-    return dataclasses.replace(one, sensitivity=None) if getattr(one, "sensitivity", None) is not None else one
+    measured = {name: None for name in ("sensitivity", "total_error") if getattr(one, name, None) is not None}
+    return dataclasses.replace(one, **measured) if measured else one
 
 
 def _loss(step: Step, out_paths: Sequence[str], path: str | None) -> int:
@@ -276,8 +278,9 @@ def _loss(step: Step, out_paths: Sequence[str], path: str | None) -> int:
     graph = step.survey.graph
     gradients = set(_probe.gradients(graph))
     places = {out_paths[i]: v for i, v in enumerate(graph.top.outs) if v is not None}
-    floats = {p: v for p, v in places.items() if np.issubdtype(graph.values[v].aval.dtype, np.floating)}
+    floats = {p: v for p, v in places.items() if jnp.issubdtype(graph.values[v].aval.dtype, jnp.floating)}
     scalars = {p: v for p, v in floats.items() if graph.values[v].aval.shape == () and v not in gradients}
+    scalars = {p: _probe.source(graph, v) for p, v in scalars.items()}
     if path is not None and path in scalars:
         return scalars[path]
     if path is None and len(scalars) == 1:

@@ -174,9 +174,11 @@ class Step:
 
     def harms(self, choice: Choice) -> dict[int, float]:
         """Return the harm of each measured form, by value."""
-        ops = self.survey.graph.ops if self.survey is not None else ()
-        started = {v for some in choice.repeats.values() for op in some for v in ops[op].inputs}
         measured = {v: s for v, s in choice.stores.items() if s.harm is not None}
+        if not measured:
+            return {}
+        ops = self.survey.graph.ops
+        started = {v for some in choice.repeats.values() for op in some for v in ops[op].inputs}
         return {v: s.repeated_harm if v in started else s.harm for v, s in measured.items()}
 
     @functools.cached_property

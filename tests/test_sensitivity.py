@@ -327,6 +327,16 @@ def test_what_cannot_be_measured_is_refused_with_the_remedy(first):
             memopt.Sensitivity.from_json(text)
 
 
+def test_a_loss_behind_a_barrier_is_no_gradient():
+    def step(w, x):
+        value, gradient = jax.value_and_grad(deep)(w, x)
+        return jax.lax.optimization_barrier((value, gradient)), x
+
+    args = deep_arguments()
+    found = measured(step, args, [Compress("int4")], kind="hessian", loss="[0][0]")
+    assert found.rows == measured(jax.value_and_grad(deep), args, [Compress("int4")], kind="hessian").rows
+
+
 def test_modules_and_methods_are_measured():
     class Model(nnx.Module):
         def __init__(self):
@@ -343,5 +353,6 @@ def test_modules_and_methods_are_measured():
 
 
 def test_a_step_that_memopt_made_is_measured_with_its_own_passes(first):
-    step = memopt.optimize(jax.value_and_grad(loss), passes=[Compress(CODECS, sensitivity=first)], target="cpu")
+    one = Compress(CODECS, sensitivity=first, total_error=0.1)
+    step = memopt.optimize(jax.value_and_grad(loss), passes=[one], target="cpu")
     assert harms(memopt.sensitivity(step, *arguments())) == pytest.approx(harms(first), rel=1e-6)
