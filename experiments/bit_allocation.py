@@ -185,6 +185,8 @@ def draw(path: pathlib.Path, rows: Sequence[dict[str, Any]]) -> None:
         for axis, model in zip(axes[0], models, strict=True):
             for color, way in zip(_report.COLORS, (UNIFORM, BLIND, *KINDS), strict=False):
                 own = [row for row in rows if row["model"] == model and row["way"] == way and row["error"] > 0]
+                if not own:
+                    continue
                 own.sort(key=lambda row: row["residual_bytes"])
                 sizes = [row["residual_bytes"] / _report.MIB for row in own]
                 axis.plot(sizes, [100 * row["error"] for row in own], "o-", color=color, label=way)
