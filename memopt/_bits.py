@@ -21,7 +21,7 @@ from memopt._contract import Store
 from memopt._network import Choice, Network
 
 _PRICES = (0.1, 10.0, 1000.0)  # of harm in the cuts, in units of what all forms save for what all of them do
-_BASES, _MIXES, _LEAST_MIXES = 8, 16, 4  # sets of repeats, and mixes of forms for each
+_BASES, _MIXES, _LEAST_MIXES = 8, 64, 6  # sets of repeats, and mixes of forms for each
 _BUILT = 20_000  # operations built for mixes of one set
 
 
@@ -45,7 +45,10 @@ def allocate(search: Any) -> None:
     bases = list({frozenset(r.choice.repeats.items()): r.choice for r in rungs}.values())
     most = max(_LEAST_MIXES, min(_MIXES, _BUILT // max(1, len(search.survey.graph.ops))))
     for base in _some(bases, _BASES):
-        for choice in frontier(search.step, base, stores, network, most):
+        for choice in [
+            *frontier(search.step, base, stores, network, most),
+            *_alike(search.step, base, stores, network),
+        ]:
             search.score(choice)
 
 
@@ -94,6 +97,15 @@ def frontier(step: Any, base: Choice, stores: Sequence[Store], network: Network,
         return found
     wanted = [saved[-1] * (k + 1) / most for k in range(most)]
     return [found[min(range(len(found)), key=lambda i, x=x: abs(saved[i + 1] - x))] for x in wanted]
+
+
+def _alike(step: Any, base: Choice, stores: Sequence[Store], network: Network) -> Iterator[Choice]:
+    """Yield plans with the base's repeats and one form for all values, which a budget may just let pass."""
+    other = {v: s for v, s in base.stores.items() if s.harm is None}
+    options = _options(step, base, stores, network, other)
+    for name in dict.fromkeys(store.name for store in stores):
+        found = {v: o.store for v, own in options.items() for o in own if o.store is not None and o.store.name == name}
+        yield Choice(base.repeats, dict(sorted({**other, **found}.items())))
 
 
 def _options(

@@ -85,9 +85,7 @@ def everything(survey: Survey, repeatable: Mapping[int, float]) -> dict[int, fro
     So what is wrong with a value goes as far as repeats could carry it within its loop's body or its block.
     """
     graph, marks = survey.graph, _forms.Marks(survey.graph)
-    forward = {op.id for op in graph.ops if not marks.is_backward(op)}
-    last = max((op.bin for op in graph.top.ops if op.id in forward), default=0)
-    allowed = (set(repeatable) & forward) - set(_segments.necks(graph, last))
+    allowed = {op.id for op in graph.ops if op.id in repeatable and not marks.is_backward(op)} - block_ends(graph)
     found: dict[int, frozenset[int]] = {}
     for place, region in enumerate(survey.region_of_bin):
         here = {op.id for op in region.ops if op.bin < place}
@@ -95,6 +93,13 @@ def everything(survey: Survey, repeatable: Mapping[int, float]) -> dict[int, fro
         if ops := (here | there) & allowed:
             found[place] = frozenset(ops)
     return found
+
+
+def block_ends(graph: g.Graph) -> frozenset[int]:
+    """Return the operations of the forward pass outside loops whose one result is all that is read after them."""
+    marks = _forms.Marks(graph)
+    last = max((op.bin for op in graph.top.ops if not marks.is_backward(op)), default=0)
+    return frozenset(_segments.necks(graph, last))
 
 
 def gradients(graph: g.Graph) -> list[int]:

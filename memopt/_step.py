@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _cost, _forms, _inline, _prepare, _rewrite, _saved, _scopes, _segments, _specs, _split
+from memopt import _cost, _forms, _inline, _prepare, _probe, _rewrite, _saved, _scopes, _segments, _specs, _split
 from memopt._contract import Context, Left, Repeat, Store
 from memopt._decisions import Names, decisions, settle
 from memopt._fingerprint import fingerprint, graph_digest
@@ -173,13 +174,28 @@ class Step:
         return sum(self.harms(choice).values())
 
     def harms(self, choice: Choice) -> dict[int, float]:
-        """Return the harm of each measured form, by value."""
+        """Return the harm of each measured form, by value.
+
+        Where a repeat that starts from one is the end of a block outside loops, and so carries the error into the next
+        block, it is infinite: that was not measured.
+        """
         measured = {v: s for v, s in choice.stores.items() if s.harm is not None}
         if not measured:
             return {}
         ops = self.survey.graph.ops
-        started = {v for some in choice.repeats.values() for op in some for v in ops[op].inputs}
-        return {v: s.repeated_harm if v in started else s.harm for v, s in measured.items()}
+        repeated = sorted(set().union(*choice.repeats.values()))
+        started = {v for op in repeated for v in ops[op].inputs}
+        wrong, carried = set(measured), False
+        for op in repeated:
+            if not wrong.isdisjoint(ops[op].inputs):
+                wrong.update(ops[op].outputs)
+                carried = carried or op in self._block_ends
+        harms = {v: math.inf if carried else s.repeated_harm for v, s in measured.items() if v in started}
+        return {v: s.harm for v, s in measured.items()} | harms
+
+    @functools.cached_property
+    def _block_ends(self) -> frozenset[int]:
+        return _probe.block_ends(self.survey.graph)
 
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Sensitivities against what is worked out by hand, and plans that give each value bits by them."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -135,6 +136,27 @@ def test_the_frontier_takes_the_least_harm_a_byte_first(first):
     assert slopes == sorted(slopes) and slopes[0] >= 0
     few = _bits.frontier(step, Choice({}), step.stores, network, 2)
     assert len(few) == 2 and few[-1].key == found[-1].key
+    alike = [[s.name for s in x.stores.values()] for x in _bits._alike(step, Choice({}), step.stores, network)]
+    assert sorted(alike) == [["int2"] * 2, ["int4"] * 2, ["int8"] * 2]
+
+
+def test_an_error_that_repeats_carry_into_the_next_block_is_not_taken_for_measured():
+    def unrolled(ws, x):
+        for w in ws:
+            x = x + jnp.sin(x @ w)
+        return jnp.sum(x**2)
+
+    ws, x = deep_arguments()
+    closed = jax.make_jaxpr(jax.value_and_grad(unrolled))(list(ws[:6]), x)
+    step = Step(closed, Target.parse("cpu"), [Remat(), Compress("int4")], None, None)
+    ends = _probe.block_ends(step.survey.graph)
+    assert len(ends) >= 4 and ends <= set(step.repeatable)
+    last, within = step.survey.bins - 1, _probe.everything(step.survey, step.repeatable)
+    started = {v for op in within[last] for v in step.survey.graph.ops[op].inputs}
+    store = next(s for s in step.stores if s.value in started)
+    store = dataclasses.replace(store, harm=1.0, repeated_harm=2.0)
+    for repeats, harm in (({}, 1.0), (within, 2.0), ({last: within[last] | ends}, np.inf)):
+        assert step.harm(Choice(repeats, {store.value: store})) == harm
 
 
 def kept_bytes(step, choice, plain):
