@@ -24,6 +24,8 @@ from memopt._scopes import compress as compress
 from memopt._scopes import keep as keep
 from memopt._scopes import offload as offload
 from memopt._scopes import recompute as recompute
+from memopt._sensitivity import Sensitivity as Sensitivity
+from memopt._sensitivity import sensitivity as sensitivity
 from memopt._target import mesh as mesh
 
 __version__ = "0.1.0"
@@ -36,6 +38,7 @@ __all__ = [
     "Memory",
     "Plan",
     "Plans",
+    "Sensitivity",
     "TargetError",
     "collectives",
     "compress",
@@ -50,4 +53,5 @@ __all__ = [
     "optimize",
     "passes",
     "recompute",
+    "sensitivity",
 ]

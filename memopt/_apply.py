@@ -48,7 +48,7 @@ def apply(
       ValueError: a form has effects, or does not give back the shape and dtype of its value.
     """
     chains = _segments.chains(graph, repeats) if chains is None else chains
-    builder = _Builder(graph, repeats, stores or {}, chains)
+    builder = Builder(graph, repeats, stores or {}, chains)
     body = builder.region(graph.top, None)
     builder.finish(body)
     if decodings is not None:
@@ -82,7 +82,9 @@ class _Body:
         return self.region.changed or bool(self.region.sources or self.clones or self.new_consts or self.new_xs)
 
 
-class _Builder:
+class Builder:
+    """One plan while it is built; `_probe` builds measurements with it."""
+
     def __init__(
         self,
         graph: g.Graph,
@@ -320,9 +322,13 @@ class _Builder:
             outvars = [v if isinstance(v, c.DropVar) else c.Var(v.aval) for v in one.eqn.outvars]
             body.eqns.append(c.replace_eqn(one.eqn, invars=invars, outvars=outvars))
             for o, var in zip(one.outputs, outvars, strict=True):
-                body.clones[o] = (self.chains[one.id, segment], var)
                 self.bin_of[var] = segment
+                body.clones[o] = (self.chains[one.id, segment], self._repeated(body, o, var, segment))
         return body.clones[value][1]
+
+    def _repeated(self, body: _Body, value: int, var: Any, segment: int) -> Any:
+        """Return the variable that readers of a repeat take: a place for measurements (`_probe`) to step in."""
+        return var
 
     def _batch(self, body: _Body, op: g.Op, segment: int) -> list[g.Op]:
         planned = self.repeats[segment]

@@ -57,6 +57,10 @@ class Store:
       again_seconds: predicted time of decoding it once more, which is then done where readers lie on both sides of
         something larger than the value, rather than hold it through that. None: it is held.
       reads: values that `encode` takes after the value: inputs of the region that the value is made in.
+      harm: what it does to the step's gradients by itself, as measured (`memopt.Sensitivity`), in whatever unit adds up
+        over values, such as the squared relative error; None where nothing was measured. Of plans within the budget
+        the one of the smallest sum is taken, or those up to `harm_limit`, an attribute of the pass, are allowed.
+      repeated_harm: the same where repeats start from it.
     """
 
     value: int
@@ -71,6 +75,8 @@ class Store:
     late: bool = False
     again_seconds: float | None = None
     reads: tuple[int, ...] = ()
+    harm: float | None = None
+    repeated_harm: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,6 +59,13 @@ class Names:
         name, count = self.name(op), len(op.outputs)
         return [name] if count == 1 else [f"{name}:{i}" for i in range(count)]
 
+    def value(self, value: int) -> str:
+        """Return the name of a value: that of its operation's result, or of the loop and its carry."""
+        item = self.survey.graph.values[value]
+        if item.op is not None:
+            return self.results(item.op)[item.op.outputs.index(value)]
+        return f"{self.name(self.survey.graph.regions[item.region].op)}/carry.{item.operand}"
+
     def _around(self, region: int) -> str:
         if region not in self._prefix:
             op = self.survey.graph.regions[region].op
@@ -97,8 +104,17 @@ def _override(known: dict[str, int], name: str, choice: str, never: set[int], al
     (never if choice == KEEP else always).add(op)
 
 
-def decisions(survey: Survey, names: Names, chosen: Any, repeatable: Mapping[int, float]) -> list[Decision]:
-    """Return a row for every value that the plan (a `Choice`) keeps for later or runs again, largest first."""
+def decisions(
+    survey: Survey,
+    names: Names,
+    chosen: Any,
+    repeatable: Mapping[int, float],
+    harms: Mapping[int, tuple[float, str]],
+) -> list[Decision]:
+    """Return a row for every value that the plan (a `Choice`) keeps for later or runs again, largest first.
+
+    `harms` says of values in measured forms what these do to the gradients, as a number and in words.
+    """
     repeats = chosen.repeats
     rows: dict[int, tuple[str, int, int]] = {}
     for value, place in survey.read_later(repeats):
@@ -109,30 +125,36 @@ def decisions(survey: Survey, names: Names, chosen: Any, repeatable: Mapping[int
         choice = RECOMPUTE if item.op is not None and item.op.id in repeats.get(place, ()) else form
         count = rows[value][2] if value in rows else 0
         rows[value] = (choice, survey.kept_bytes(value, place), count + 1)
-    out = [_row(survey, names, value, *row, repeatable, chosen.stores.get(value)) for value, row in rows.items()]
+    out = [
+        _row(survey, names, value, *row, repeatable, chosen.stores.get(value), harms.get(value, (None, "")))
+        for value, row in rows.items()
+    ]
     return sorted(out, key=lambda d: (-d.value_bytes, d.name))
 
 
-def _row(survey, names, value, choice, size, count, repeatable, store) -> Decision:
-    item = survey.graph.values[value]
+def _row(survey, names, value, choice, size, count, repeatable, store, harm) -> Decision:
+    item, name = survey.graph.values[value], names.value(value)
     places = f"read in {count} later place{'s' if count > 1 else ''}"
-    stored_bytes = None
+    stored_bytes = error = None
     if store is not None and choice == store.name:
         exact = f"with a relative error of at most {store.error:g}" if store.error else "exactly"
         share = store.bytes / max(1, survey.bytes_of_value(value))
         stored_bytes = round(size * share)
         places += f"; kept {exact} in {share:.1%} of its bytes"
+        error = harm[0]
+        places += f"; by itself {harm[1]}, measured" if harm[1] else ""
     if item.op is None:
         loop = survey.graph.regions[item.region].op
-        base = f"{names.name(loop)}/carry.{item.operand}"
         reason = f"{places}; a loop's carry"
-        return Decision(base, names.module(loop), c.user_source(loop.eqn), size, choice, reason, stored_bytes)
+        return Decision(
+            name, names.module(loop), c.user_source(loop.eqn), size, choice, reason, stored_bytes, error=error
+        )
     op = item.op
-    name = names.results(op)[op.outputs.index(value)]
     trips = survey.graph.regions[op.region].trips
     flops = _cost.matmul_flops(op.eqn) * trips
     if op.id in repeatable:
         price = f"running it again takes {repeatable[op.id] * trips * 1e6:.3g} us and {flops:.3g} matmul FLOPs"
     else:
         price = "it cannot be run again"
-    return Decision(name, names.module(op), c.user_source(op.eqn), size, choice, f"{places}; {price}", stored_bytes)
+    reason = f"{places}; {price}"
+    return Decision(name, names.module(op), c.user_source(op.eqn), size, choice, reason, stored_bytes, error=error)

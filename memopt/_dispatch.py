@@ -164,6 +164,12 @@ class Core:
         with self._lock:
             return self._program(Signature.of(*self._statics.split(args, kwargs)), args, kwargs)
 
+    def traced(self, *args: Any, **kwargs: Any) -> tuple[Program, list[Any]]:
+        """Return the program of these arguments, traced and not planned, and their leaves, which it does not hold."""
+        with self._lock:
+            signature = Signature.of(*self._statics.split(args, kwargs))
+            return self._program(signature, args, kwargs), signature.leaves
+
     def planned(self, *args: Any, **kwargs: Any) -> Program:
         """Return the program of these arguments or shapes, planned and not compiled."""
         return self._planned(args, kwargs, verified=False)

@@ -111,12 +111,13 @@ class Network:
             self._expand(*item)
         self._seal()
 
-    def solve(self, prices: np.ndarray, factors: np.ndarray | None = None) -> Choice:
+    def solve(self, prices: np.ndarray, factors: np.ndarray | None = None, harm_price: float = 0.0) -> Choice:
         """Return the cheapest choice at these prices (seconds per byte, per segment).
 
         Args:
           prices: the price of memory in each segment.
           factors: what each operation's seconds are multiplied by, to look at other choices that cost about the same.
+          harm_price: seconds for the harm of a form, where that was measured.
         """
         if not len(self.tails):
             return Choice({})
@@ -130,6 +131,8 @@ class Network:
                 store.seconds * runs
                 + self.held[arc] * store.bytes / max(1, self.survey.bytes_of_value(value)) * span[arc]
             )
+            if harm_price and store.harm is not None:
+                price += harm_price * (store.repeated_harm if self.repeatable else store.harm)
             if price < cost[arc] or store.asked:
                 cost[arc] = price
                 encoded[arc] = (value, store)
@@ -212,7 +215,7 @@ class Network:
             if not op.bodies and not self.marks.is_backward(op):
                 self.forward.add(op.bin)
 
-    def _serves(self, store: Store, value: int, place: int) -> bool:
+    def serves(self, store: Store, value: int, place: int) -> bool:
         """Say whether a form does for what reads a value at a place, and for what is repeated from it there."""
         readers = self.readers.get((value, place), [])
         if store.error and place in self.forward and not readers:
@@ -222,7 +225,7 @@ class Network:
     def _coded(self, node: int, value: int, place: int, chained: tuple[int, int] | None) -> int:
         """Return the node of a value or of a form of it that does for its readers here, though not for repeats."""
         store, span = self.narrow.get(value), self.survey.span(value, place)
-        if store is None or span is None or not self._serves(store, value, place):
+        if store is None or span is None or not self.serves(store, value, place):
             return node
         first = span[0] if chained is None else max(span[0], self._when(*chained) + 1)
         runs = self.graph.regions[self.graph.values[value].region].trips
@@ -258,7 +261,7 @@ class Network:
         op_node = self._operation(item.op, place) if item.op is not None else None
         if first <= last:
             runs = self.graph.regions[item.region].trips
-            forms = [store for store in self.stores.get(value, ()) if self._serves(store, value, place)]
+            forms = [store for store in self.stores.get(value, ()) if self.serves(store, value, place)]
             self.encodings += [((len(self.arcs), value), store, runs) for store in forms]
         if op_node is None:
             self._arc(SOURCE, node, 0.0, held, first, last)

@@ -75,8 +75,8 @@ def optimize(
             compiler_options: as in `jax.jit`. Nothing is donated unless asked.
 
     Returns:
-        The step: callable, with `.plan`, `.lower`, `.trace`, `.measure`, `.explain`, `.frontier`, `.compress`,
-        `.decompress` and `.shardings`. Where `fn` is None, a decorator.
+        The step: callable, with `.plan`, `.lower`, `.trace`, `.measure`, `.explain`, `.frontier`, `.plans`,
+        `.compress`, `.decompress` and `.shardings`. Where `fn` is None, a decorator.
 
     Raises:
         ValueError: an unreadable budget or reserve.
@@ -222,6 +222,15 @@ class Optimized:
         program = self._ask(Core.unplanned, args, kwargs)
         return [FrontierPoint(r.predicted_peak_bytes, r.recompute_flops, r.seconds) for r in program.ladder.rungs]
 
+    def plans(self, *args: Any, **kwargs: Any) -> list[Any]:
+        """Return the `memopt.Plan` of each point of the frontier, in its order; nothing is compiled.
+
+        Each can be applied by `memopt.optimize(plan=...)`, for one that is chosen by more than its peak, such as the
+        bytes of residuals, or the error of the gradients that is predicted of it (`Plan.predicted_error`).
+        """
+        ladder = self._ask(Core.unplanned, args, kwargs).ladder
+        return [ladder.plan(index) for index in range(len(ladder.rungs))]
+
     def trace(self, *args: Any, **kwargs: Any) -> "OptimizedTraced":
         """Trace and plan, and return an object like JAX's `Traced`, of the rewritten step."""
         return OptimizedTraced(self, self._ask(Core.planned, args, kwargs), args, kwargs)
@@ -331,7 +340,7 @@ class BoundOptimized:
         return f"{self._step!r} bound to {self._instance!r}"
 
 
-_WITH_ARGUMENTS = frozenset("plan asked_for frontier trace lower measure explain shardings".split())
+_WITH_ARGUMENTS = frozenset("plan asked_for frontier plans trace lower measure explain shardings".split())
 
 
 def _is_argument(instance: Any) -> bool:

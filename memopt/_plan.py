@@ -30,6 +30,8 @@ class Decision:
       reason: one sentence.
       stored_bytes: bytes of the form that it is kept in, scales and padding included; None where it is in none.
       collective_seconds: predicted seconds on the links of a collective, or of all those of a way to shard; else None.
+      error: what its form does to the gradients by itself, as `memopt.Sensitivity.figure`; None where that was not
+        measured.
 
     Example:
       >>> import memopt
@@ -45,6 +47,7 @@ class Decision:
     reason: str
     stored_bytes: int | None = None
     collective_seconds: float | None = None
+    error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +72,8 @@ class Plan:
       stores: and value -> the form that it is kept in.
       variant: how loops were divided before planning.
       rewrites: names of the passes that rewrote the step before planning.
+      predicted_error: what all forms do to the gradients, as `memopt.Sensitivity.figure` of the sum of their harms;
+        errors of several values are taken as independent. None where nothing was measured.
 
     Example:
       >>> import jax, jax.numpy as jnp, memopt
@@ -97,6 +102,7 @@ class Plan:
     stores: Mapping[int, str] = dataclasses.field(default_factory=dict)
     variant: tuple[int, ...] = ()
     rewrites: tuple[str, ...] = ()
+    predicted_error: float | None = None
 
     def to_json(self) -> str:
         """Return the plan as a JSON string, for `Plan.from_json`."""

@@ -42,14 +42,21 @@ class Ladder:
       step: what was planned, None where nothing was.
       planning_seconds: how long it took.
       first: the first rung that may be chosen: 1 where a plan was given or a pass rewrites the step in any case.
+      refused: plans that do more harm to gradients than the user allows.
       spares: plans that a rung beats by predicted peak, and none would if the compiler's heap had no holes. Their
         indices follow those of the rungs; `choose` never takes them.
     """
 
     def __init__(
-        self, rungs: Sequence[Rung], step: Step, planning_seconds: float, first: int = 0, spares: Sequence[Rung] = ()
+        self,
+        rungs: Sequence[Rung],
+        step: Step,
+        planning_seconds: float,
+        first: int = 0,
+        spares: Sequence[Rung] = (),
+        refused: Sequence[Rung] = (),
     ):
-        self.rungs, self.spares = list(rungs), list(spares)
+        self.rungs, self.spares, self.refused = list(rungs), list(spares), list(refused)
         self.step = step
         self.planning_seconds = planning_seconds
         self.first = first
@@ -73,6 +80,7 @@ class Ladder:
         rung = self.rung(index or 0)
         step = rung.step
         as_written = rung.closed is step.closed
+        error = None if step.sensitivity is None else step.sensitivity.figure(rung.harm)
         rows = [*self.rows, *(() if as_written else step.outcome.rows), *step.decisions(rung.choice)]
         return Plan(
             baseline_peak_bytes=self.rungs[0].predicted_peak_bytes,
@@ -84,13 +92,18 @@ class Ladder:
             optimality_gap=self._gap(rung, budget_bytes) / max(self.step.baseline_seconds, 1e-12),
             planning_seconds=self.planning_seconds,
             decisions=tuple(rows),
-            notes=(*step.notes, *dict.fromkeys(f"{x.what} was left as it was: {x.why}." for x in step.left)),
+            notes=(
+                *step.notes,
+                *_error_notes(rung),
+                *dict.fromkeys(f"{x.what} was left as it was: {x.why}." for x in step.left),
+            ),
             target=str(step.target),
             fingerprint=step.fingerprint,
             repeats={place: tuple(sorted(ops)) for place, ops in sorted(rung.choice.repeats.items())},
             variant=step.variant_key,
             stores={value: store.name for value, store in sorted(rung.choice.stores.items())},
             rewrites=() if as_written else step.outcome.applied,
+            predicted_error=error,
         )
 
     def _gap(self, rung: Rung, budget_bytes: int | None) -> float:
@@ -149,13 +162,24 @@ def make_ladder(
             searches = _promising(searches)
         found = (s.sketch() if sketched else _search_all(s, build, donated, plain) for s in searches)
         rungs = [rung for some in found for rung in some]
+        refused = _rungs.refused(rungs)
         if _rewrite.is_required(passes):
             found = _hull_of(rungs)
             spares = _rungs.spares(found, rungs)
-            return Ladder([plain, *found], step, time.perf_counter() - start, first=1, spares=spares)
+            return Ladder([plain, *found], step, time.perf_counter() - start, 1, spares, refused)
         found = _rungs.hull(plain, rungs)
         spares = _rungs.spares(found, rungs)
-        return Ladder([plain, *found], step, time.perf_counter() - start, spares=spares)
+        return Ladder([plain, *found], step, time.perf_counter() - start, 0, spares, refused)
+
+
+def _error_notes(rung: Rung) -> list[str]:
+    """Return the sentence on what all forms of a plan do to the gradients, where that was measured."""
+    harms = rung.step.harms(rung.choice)
+    if not harms:
+        return []
+    words, count = rung.step.sensitivity.words(rung.harm), len(harms)
+    stored = f"{count} values" if count > 1 else "one value"
+    return [f"In all, {words} is predicted of {stored} in lossy forms: measured one by one, added up as independent."]
 
 
 def _without_options(step: Step, build: Callable[..., Step]) -> list[Step]:

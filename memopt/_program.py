@@ -63,7 +63,7 @@ def make_ladder(
 ) -> Any:
     """Ask the planner for the ladder of a step, or for the one rung of a saved plan."""
     common = {"donated": donated, "target": settings.target, "scopes": MARKERS, "shardings": shardings}
-    passes = default_passes(closed_jaxpr) if settings.passes is None else settings.passes
+    passes = passes_of(closed_jaxpr, settings)
     if settings.plan is not None:
         passes = _searching.saved_choice(closed_jaxpr, settings.plan, passes)
         context = _searching.context_for(passes, context)
@@ -72,6 +72,11 @@ def make_ladder(
     if _searching.searching(passes) is None:
         return make(passes=passes, context=context)
     return _searching.best_ladder(closed_jaxpr, context, passes, settings, make)
+
+
+def passes_of(closed_jaxpr: Any, settings: Settings) -> Sequence[Any]:
+    """Return the passes that a step is planned with."""
+    return default_passes(closed_jaxpr) if settings.passes is None else settings.passes
 
 
 def read_passes(passes: Any) -> tuple[Any, ...] | None:
@@ -130,6 +135,11 @@ class Program:
     def closed_jaxpr(self) -> Any:
         """The plain closed jaxpr; outer tracers that the step closes over come first among its inputs."""
         return self.traced.jaxpr
+
+    @property
+    def passes(self) -> Sequence[Any]:
+        """The passes that it is planned with."""
+        return passes_of(self.closed_jaxpr, self.settings)
 
     @functools.cached_property
     def closed_over(self) -> tuple:

@@ -32,6 +32,7 @@ class Rung:
       step: what it is a plan of.
       price: the price of memory, in seconds per byte, at which the cut chose it; None for the step as written.
       usage: the largest predicted bytes of temporaries in each time segment; None for the step as written.
+      harm: the sum of what the forms that it keeps values in were measured to do to the gradients (`Store.harm`).
     """
 
     closed: Any
@@ -43,6 +44,13 @@ class Rung:
     step: Step
     price: float | None = None
     usage: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    harm: float = 0.0
+
+    @property
+    def allowed(self) -> bool:
+        """Whether it does no more harm than the user allows."""
+        limit = self.step.harm_limit
+        return limit is None or self.harm <= limit
 
     def jaxpr(self) -> Any:
         """Return the rewritten closed jaxpr."""
@@ -59,14 +67,26 @@ def hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:
     """Drop every plan that another one beats in peak and cost, or that saves nothing; largest peak first.
 
     The cost is the repeated FLOPs, then the seconds; where a plan stores a value for seconds (a transfer, a codec), it
-    is the seconds of all of them: FLOPs alone would call a slow transfer free.
+    is the seconds of all of them: FLOPs alone would call a slow transfer free. Where harm was measured and no limit is
+    set, it is the harm first. Plans over a limit are dropped.
     """
     out: list[Rung] = []
     for rung in _by_cost(rungs):
         if rung.predicted_peak_bytes < (out[-1] if out else plain).predicted_peak_bytes:
             out.append(rung)
+    if any(rung.harm for rung in out) and out[0].step.harm_limit is None:
+        return out  # plans of more harm may well take less time
     for before, rung in zip(out, out[1:], strict=False):
         rung.seconds = max(rung.seconds, before.seconds)  # fewer FLOPs for more bytes may take longer: say the longer
+    return out
+
+
+def refused(rungs: list[Rung]) -> list[Rung]:
+    """Return the plans over the limit of harm that none beats in peak and harm, the least harm first."""
+    out: list[Rung] = []
+    for rung in sorted((r for r in rungs if not r.allowed), key=lambda r: (r.harm, r.predicted_peak_bytes)):
+        if not out or rung.predicted_peak_bytes < out[-1].predicted_peak_bytes:
+            out.append(rung)
     return out
 
 
@@ -81,11 +101,23 @@ def spares(chosen: list[Rung], rungs: list[Rung]) -> list[Rung]:
     return out
 
 
+def by_seconds(plain: Rung, rungs: list[Rung]) -> list[Rung]:
+    """Return the hull of peak and seconds alone, whatever harm is done; no seconds are changed."""
+    out: list[Rung] = []
+    for rung in sorted(rungs, key=lambda rung: (rung.seconds, rung.predicted_peak_bytes)):
+        if rung.predicted_peak_bytes < (out[-1] if out else plain).predicted_peak_bytes:
+            out.append(rung)
+    return out
+
+
 def _by_cost(rungs: list[Rung]) -> list[Rung]:
+    rungs = [rung for rung in rungs if rung.allowed]
+    ranked = any(rung.harm and rung.step.harm_limit is None for rung in rungs)
     timed = any(s.seconds for rung in rungs for s in rung.choice.stores.values())
 
-    def cost(rung: Rung) -> tuple[float, float, int]:
-        seconds, flops = rung.seconds, rung.recompute_flops
-        return (seconds, flops, rung.predicted_peak_bytes) if timed else (flops, seconds, rung.predicted_peak_bytes)
+    def cost(rung: Rung) -> tuple[float, float, float, int]:
+        seconds, flops, harm = rung.seconds, rung.recompute_flops, rung.harm if ranked else 0.0
+        first, second = (seconds, flops) if timed else (flops, seconds)
+        return harm, first, second, rung.predicted_peak_bytes
 
     return sorted(rungs, key=cost)

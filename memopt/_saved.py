@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 FORMAT = 2
+_LATER = frozenset({"predicted_error"})  # plans saved before these are read too
 _REMEDY = "Plan again, and save that plan."
 
 
@@ -34,7 +35,7 @@ def plan_fields(data: Any, wanted: frozenset[str]) -> dict[str, Any]:
     if data["memopt_plan"] != FORMAT:
         raise ValueError(f"This saved plan has format {data['memopt_plan']!r}, and memopt reads {FORMAT}. {_REMEDY}")
     fields = {key: value for key, value in data.items() if key != "memopt_plan"}
-    for name in sorted(wanted ^ set(fields)):
+    for name in sorted((wanted ^ set(fields)) - (_LATER - set(fields))):
         raise damaged(name, "is missing" if name in wanted else "is no field of a plan")
     return {name: _read(name, value) for name, value in fields.items()}
 
@@ -115,7 +116,8 @@ def _is_written_count(key: str) -> bool:
 
 def _is_decision(value: Any) -> bool:
     texts = {"name", "module", "source", "choice", "reason"}
-    later = {"stored_bytes": _is_count, "collective_seconds": _is_number}  # plans saved before these are read too
+    # Plans saved before these are read too.
+    later = {"stored_bytes": _is_count, "collective_seconds": _is_number, "error": _is_number}
     if not isinstance(value, dict) or value.keys() - later.keys() != texts | {"value_bytes"}:
         return False
     figures = _is_count(value["value_bytes"]) and all(
@@ -162,6 +164,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str, Callable[[Any], Any]]] = {
     "fingerprint": (_is_table(_is_text, bool), "a table of texts", _same),
     "repeats": (_is_table(_is_list(_is_count), _is_written_count), "a table of lists of operations", _numbered),
     "stores": (_is_table(_is_text, _is_written_count), "a table of forms", _numbered),
+    "predicted_error": (lambda value: value is None or _is_number(value), "a number or null", _same),
     "rewrites": (_is_list(_is_text), "a list of passes", tuple),
     "variant": (_is_variant, "empty or the kind, path, block and levels of a divided loop", _tupled),
 }

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from memopt import _apply, _cost, _late, _layers, _mixtures, _segments, _settled, _timeline
+from memopt import _apply, _bits, _cost, _late, _layers, _mixtures, _segments, _settled, _timeline
 from memopt import _compat as c
 from memopt._network import Choice, Network
 from memopt._refine import holding, refine
@@ -63,6 +63,7 @@ class Search:
         self.hot = self.usage > _HOT * self.usage.max(initial=0)
         self.unit = step.baseline_seconds / max(1.0, self.usage.max(initial=0))
         self.weights = self.hot.astype(float)
+        self.harm_price = 0.0  # bytes for the harm of a form
 
     def run(self, *, refined: bool = True) -> list[Rung]:
         """Return all plans that were found; without `refined` those of the sweep alone.
@@ -77,6 +78,7 @@ class Search:
             found |= self.seen
         self.seen = found or start
         self._look(self.repeatable, self.stores, refined)
+        _bits.allocate(self)
         self.repack()
         return list(self.seen.values())
 
@@ -135,7 +137,8 @@ class Search:
             found[float(np.sqrt(low * high))] = self._at(float(np.sqrt(low * high)) * self.unit, weights)
 
     def _at(self, price: float, weights: np.ndarray) -> Rung:
-        return self.score(self.network.solve(price * weights), price)
+        choice = self.network.solve(price * weights, harm_price=price * self.harm_price)
+        return self.score(choice, None if self.harm_price else price)  # a price of harm leaves no bound on seconds
 
     def seed(self, usage: np.ndarray, *, necks: bool) -> None:
         """Try what people choose by hand: all matmuls kept, those without batch dimensions, named values, block inputs.
@@ -265,7 +268,8 @@ class Search:
             usage = usage_of(c.open_jaxpr(closed), timeline, own, bins, self.survey.bins)
             timeline.release()
             peaks = timeline.peak_bytes, timeline.packed_peak_bytes
-            self.scored[key] = Rung(closed, *peaks, seconds, flops, choice, self.step, price, usage)
+            harm = self.step.harm(choice)
+            self.scored[key] = Rung(closed, *peaks, seconds, flops, choice, self.step, price, usage, harm)
         self.seen[key] = self.scored[key]
         return self.seen[key]
 

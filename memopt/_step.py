@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _cost, _forms, _inline, _prepare, _rewrite, _saved, _scopes, _segments, _specs, _split
+from memopt import _cost, _forms, _inline, _prepare, _probe, _rewrite, _saved, _scopes, _segments, _specs, _split
 from memopt._contract import Context, Left, Repeat, Store
 from memopt._decisions import Names, decisions, settle
 from memopt._fingerprint import fingerprint, graph_digest
@@ -67,6 +68,7 @@ class Step:
         self.stores_by_pass: list[list[Store]] = []  # of each pass that proposes any
         self.always: set[int] = set()
         self.asked: dict[int, Store] = {}  # what the user asked by a scope to keep in this form
+        self.sensitivity, self.harm_limit = _measured(passes)
         if passes and self.flat is not None:
             self._survey(overrides)
 
@@ -144,7 +146,10 @@ class Step:
 
     def decisions(self, choice: Choice) -> list[Decision]:
         """Return the rows of a plan."""
-        return [] if self.survey is None else decisions(self.survey, self.names, choice, self.repeatable)
+        if self.survey is None:
+            return []
+        harms = {v: (self.sensitivity.figure(x), self.sensitivity.words(x)) for v, x in self.harms(choice).items()}
+        return decisions(self.survey, self.names, choice, self.repeatable, harms)
 
     def choice_of(self, plan: Plan) -> Choice:
         """Return the choice that a saved plan holds.
@@ -164,8 +169,52 @@ class Step:
         repeats = {place: frozenset(ops) for place, ops in plan.repeats.items()}
         return Choice(repeats, {value: forms[value, name] for value, name in plan.stores.items()})
 
+    def harm(self, choice: Choice) -> float:
+        """Return the harm that a choice's forms were measured to do, errors of several taken as independent."""
+        return sum(self.harms(choice).values())
+
+    def harms(self, choice: Choice) -> dict[int, float]:
+        """Return the harm of each measured form, by value.
+
+        Where a repeat that starts from one is the end of a block outside loops, and so carries the error into the next
+        block, it is infinite: that was not measured.
+        """
+        measured = {v: s for v, s in choice.stores.items() if s.harm is not None}
+        if not measured:
+            return {}
+        ops = self.survey.graph.ops
+        repeated = sorted(set().union(*choice.repeats.values()))
+        started = {v for op in repeated for v in ops[op].inputs}
+        wrong, carried = set(measured), False
+        for op in repeated:
+            if not wrong.isdisjoint(ops[op].inputs):
+                wrong.update(ops[op].outputs)
+                carried = carried or op in self._block_ends
+        harms = {v: math.inf if carried else s.repeated_harm for v, s in measured.items() if v in started}
+        return {v: s.harm for v, s in measured.items()} | harms
+
+    @functools.cached_property
+    def _block_ends(self) -> frozenset[int]:
+        return _probe.block_ends(self.survey.graph)
+
     @functools.cached_property
     def fingerprint(self) -> dict[str, str]:
         """What a saved plan of this step is good for."""
         found = fingerprint(self.closed, self.target, self.passes, self.local)
         return found if self.survey is None else {**found, "graph": graph_digest(self.survey.graph)}
+
+
+def _measured(passes: Sequence[Any]) -> tuple[Any, float | None]:
+    """Return what was measured for the passes, and the harm that they allow in all; None for each where nothing is.
+
+    Raises:
+      ValueError: two passes have figures of different kinds, which do not add up.
+    """
+    found = [p for p in passes if getattr(p, "sensitivity", None) is not None]
+    kinds = sorted({p.sensitivity.kind for p in found})
+    if len(kinds) > 1:
+        raise ValueError(
+            f"Errors of different kinds do not add up: {', '.join(kinds)}. Measure one kind for all passes."
+        )
+    limits = [p.harm_limit for p in found if p.harm_limit is not None]
+    return (found[0].sensitivity if found else None), min(limits, default=None)

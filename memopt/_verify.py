@@ -278,8 +278,20 @@ def log_plan(program: Program, reasons: list[str]) -> None:
 def budget_error(program: Program, index: int, smallest_peak_bytes: int) -> BudgetError:
     """Return the error that no plan fits, with what is alive at the smallest peak, and what would help."""
     assert program.budget_bytes is not None
-    advice = _compiler_advice(program, index, smallest_peak_bytes) + donation_advice(program)
+    advice = _error_advice(program) + _compiler_advice(program, index, smallest_peak_bytes) + donation_advice(program)
     return BudgetError(program.budget_bytes, smallest_peak_bytes, _alive(program, index), advice)
+
+
+def _error_advice(program: Program) -> list[str]:
+    """Say what error of the gradients would have to be allowed, where plans were refused for theirs."""
+    budget = program.budget_bytes
+    fitting = [r for r in getattr(program.ladder, "refused", ()) if r.predicted_peak_bytes <= budget]
+    if not fitting:
+        return []
+    least = min(fitting, key=lambda rung: rung.harm)
+    figure, words = least.step.sensitivity.figure(least.harm) * 1.001, least.step.sensitivity.words(least.harm)
+    peak = format_bytes(least.predicted_peak_bytes)
+    return [f"Allow a larger error (total_error={figure:.4g}): {words} is predicted of a plan of {peak}."]
 
 
 def _compiler_advice(program: Program, index: int, peak_bytes: int) -> list[str]:

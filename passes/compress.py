@@ -8,12 +8,15 @@ of the forward pass reads a lossy form.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from memopt import _codecs, _forms
 from memopt._codec import Codec
 from memopt._codecs_derivative import DERIVATIVES, Rounded
 from memopt._contract import Left, Store
+from memopt._decisions import Names
 from memopt._survey import Survey
 from memopt.passes import _residuals
 from memopt.passes._derivatives import Derivatives
@@ -22,6 +25,10 @@ from memopt.passes._derivatives import Derivatives
 _SHORT = 0.15
 #: Rows and columns from which what a batched matmul makes counts as attention scores.
 _WIDE = 128
+_OTHER = (
+    "its sensitivity was measured on another form of this step: measure it with the passes and the target that plan it"
+)
+_NONE = "its sensitivity has no figure for it: the loss does not depend on it, or this form was not measured"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,15 +50,22 @@ class Compress:
       only_marked: only what `@memopt.compress` marks.
       always: keep in this codec's form whatever is kept of these values, also without a budget, rather than where it
         pays; for one codec.
+      sensitivity: what `memopt.sensitivity` measured with the same passes and target. Each value then gets its own
+        number of bits, so that the plan within the budget has the smallest error in all, exact forms and repeats of
+        other passes included. Errors of several values are taken as independent: their squares add up.
+      total_error: with `sensitivity`, the largest error in all that a plan may have, in its figure (the relative error
+        of the gradient, or the sum of Omegas). Of the plans up to it the quickest within the budget is taken.
 
     Example:
       >>> import memopt
       >>> memopt.passes.Compress("int8", where="*/mlp")
-      Compress(codec=('int8',), where=('*/mlp',), error=1.0, only_marked=False, always=False)
+      Compress(codec=('int8',), where=('*/mlp',), error=1.0, only_marked=False, always=False, sensitivity=None,
+      total_error=None)
 
     Raises:
-      ValueError: there is no such codec, none of them is within `error`, `always` has several, or a pattern matches no
-        module path.
+      ValueError: there is no such codec, none of them is within `error`, `always` has several, a pattern matches no
+        module path, or `total_error` is not positive or stands without `sensitivity`.
+      BudgetError: raised by a call: no plan within the budget has an error of at most `total_error`.
 
     Source: Chen et al., "ActNN: Reducing Training Memory Footprint via 2-Bit Activation Compressed Training", ICML 2021
     (per-group asymmetric codes, stochastic rounding); Liu et al., "GACT: Activation Compressed Training for Generic
@@ -61,6 +75,10 @@ class Compress:
     along the channels out in full. Where rows are no multiple of 32, and for attention scores, each row is a block.
     Left as they are: statistics of rows, values outside loops that gradients read at once, parameters in another type,
     and what no gradient needs.
+
+    Bits by sensitivity: Dong et al., "HAWQ-V2", NeurIPS 2020 (arXiv 1911.03852), section 3.2 (the frontier of summed
+    sensitivity against bytes); there for weights, here for residuals, and jointly with repeats. Forms of the step that
+    were not measured (a loop in two levels, a rewrite left out) keep their values exact.
 
     Derivatives: Jin et al., "S2A" (arXiv 2503.08154); Chiang et al., "MobileTL" (AAAI 2023, arXiv 2212.03246). The
     backward pass then multiplies by them (the order of products changes), whatever the plan. Softmax and norms need no
@@ -76,6 +94,8 @@ class Compress:
     error: float = 1.0
     only_marked: bool = False
     always: bool = False
+    sensitivity: Any = None
+    total_error: float | None = None
 
     def __post_init__(self):
         codecs = (self.codec,) if isinstance(self.codec, (str, Codec)) else tuple(self.codec)
@@ -89,6 +109,12 @@ class Compress:
         if self.always and len(codecs) != 1:
             raise ValueError(f"Everything is kept in one codec's form, not in several: {codecs}.")
 
+        if self.total_error is not None and (self.sensitivity is None or not self.total_error > 0):
+            raise ValueError(
+                f"total_error={self.total_error} has to be positive, and needs what was measured: give "
+                "sensitivity=memopt.sensitivity(step, *args, passes=...)."
+            )
+
     @property
     def name(self) -> str:
         """The pass's name in plans."""
@@ -99,6 +125,11 @@ class Compress:
         """The codecs within the error that is allowed."""
         return [one for one in map(_codec, self.codec) if one.error <= self.error]
 
+    @property
+    def harm_limit(self) -> float | None:
+        """The sum of harms that a plan may have."""
+        return None if self.total_error is None else self.sensitivity.harm(self.total_error)
+
     def parts(self) -> list:
         """Return the rewrite that makes local derivatives values of the step, where one of the codecs is for those."""
         return [Derivatives()] if any(one.name in DERIVATIVES for one in self.codecs) else []
@@ -107,13 +138,30 @@ class Compress:
         """Yield a `Store` for every codec and every forward value of floats that it makes smaller."""
         left = _residuals.small(survey) | _soon(survey) | _residuals.statistics(survey.graph)
         rows = _row_shapes(survey)
+        measured, names = None, None
+        if self.sensitivity is not None:
+            measured, names = self.sensitivity.of(survey.graph), Names(survey)
+            if measured is None:
+                yield Left("What Compress would store", _OTHER)
+                return
         for one in _residuals.chosen(survey, self.where):
             for codec in self.codecs if one.lossy_readers else ():
                 asked = one.mark == f"compress.{codec.name}"
                 wanted = asked or not (self.only_marked or one.value in left)
                 if wanted and codec.accepts(one.aval.dtype) and _is_for(codec, one.mark):
                     form = _codecs.rowwise(codec) if one.aval.shape in rows else _codecs.lean(codec)
-                    yield from _coded(survey, one, codec.name, form, asked or self.always)
+                    for store in _coded(survey, one, codec.name, form, asked or self.always):
+                        yield store if measured is None else self._with_harm(store, measured, names.value(one.value))
+
+    def _with_harm(self, store: Store, measured: Mapping, name: str) -> Store | Left:
+        """Return a form with its measured harm; where repeats start from it and that was not measured, any."""
+        row = measured.get((name, store.name))
+        if row is None or row.harm is None:
+            return Left(f"{name} in {store.name!r}", _NONE)
+        again = row.harm if self.sensitivity.kind == "hessian" else math.inf
+        return dataclasses.replace(
+            store, harm=row.harm, repeated_harm=again if row.repeated_harm is None else row.repeated_harm
+        )
 
 
 def _codec(name: str | Codec) -> Codec:

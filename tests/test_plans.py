@@ -120,10 +120,12 @@ def test_a_damaged_field_is_named(plans, fields, says):
 
 
 def test_a_missing_field_is_named(plans):
-    for name in plans.plans[0].to_data().keys() - {"memopt_plan"}:
+    for name in plans.plans[0].to_data().keys() - {"memopt_plan", "predicted_error"}:
         data = {k: v for k, v in plans.plans[0].to_data().items() if k != name}
         with pytest.raises(ValueError, match=f"'{name}' is missing. Plan again"):
             memopt.Plan.from_json(json.dumps(data))
+    older = {k: v for k, v in plans.plans[0].to_data().items() if k != "predicted_error"}
+    assert memopt.Plan.from_json(json.dumps(older)).predicted_error is None
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "3", '{"memopt_plans": 2, "plans": []}', '{"memopt_plans": 1}'])

@@ -50,7 +50,9 @@ def test_mixtures_take_one_plans_forms_up_to_an_operation_and_the_others_after_i
 
 def rung(flops, seconds, peak, stored=0.0):
     choice = types.SimpleNamespace(stores={0: types.SimpleNamespace(seconds=stored, late=False)} if stored else {})
-    return types.SimpleNamespace(recompute_flops=flops, seconds=seconds, predicted_peak_bytes=peak, choice=choice)
+    figures = types.SimpleNamespace(recompute_flops=flops, seconds=seconds, predicted_peak_bytes=peak, choice=choice)
+    figures.harm, figures.allowed = 0.0, True
+    return figures
 
 
 def test_a_slow_transfer_is_not_called_free():
