@@ -73,6 +73,7 @@ class Ladder:
         rung = self.rung(index or 0)
         step = rung.step
         as_written = rung.closed is step.closed
+        left = (*step.left, *step.frozen.left)
         rows = [*self.rows, *(() if as_written else step.outcome.rows), *step.decisions(rung.choice)]
         return Plan(
             baseline_peak_bytes=self.rungs[0].predicted_peak_bytes,
@@ -84,13 +85,14 @@ class Ladder:
             optimality_gap=self._gap(rung, budget_bytes) / max(self.step.baseline_seconds, 1e-12),
             planning_seconds=self.planning_seconds,
             decisions=tuple(rows),
-            notes=(*step.notes, *dict.fromkeys(f"{x.what} was left as it was: {x.why}." for x in step.left)),
+            notes=(*step.notes, *dict.fromkeys(f"{x.what} was left as it was: {x.why}." for x in left)),
             target=str(step.target),
             fingerprint=step.fingerprint,
             repeats={place: tuple(sorted(ops)) for place, ops in sorted(rung.choice.repeats.items())},
             variant=step.variant_key,
             stores={value: store.name for value, store in sorted(rung.choice.stores.items())},
             rewrites=() if as_written else step.outcome.applied,
+            dropped=() if as_written and step.pruned else step.frozen.dropped,
         )
 
     def _gap(self, rung: Rung, budget_bytes: int | None) -> float:
