@@ -25,7 +25,10 @@ MARKERS = {"keep": "memopt.keep", "recompute": "memopt.recompute", "offload": "m
 COMPRESS = "memopt.compress."
 #: The scope of a local derivative that a rewrite made, and of one that may be rounded to 0 or 1.
 DERIVATIVE, MASK = "memopt.derivative", "memopt.derivative.mask"
-_ASKS = {marker: ask for ask, marker in MARKERS.items()} | {DERIVATIVE: "derivative", MASK: "derivative.mask"}
+#: The scope of first rows of a product, whose other rows the backward pass makes again.
+ROWS = "memopt.rows"
+_ASKS = {marker: ask for ask, marker in MARKERS.items()}
+_ASKS |= {DERIVATIVE: "derivative", MASK: "derivative.mask", ROWS: "rows"}
 #: Marks that some decorator of this process has made and that need a pass of their own.
 USED: set[str] = set()
 _TRANSFORM = re.compile(r"(?:jvp|transpose|vmap)\(([^()]*)\)")

@@ -101,12 +101,17 @@ class Step:
     @functools.cached_property
     def flat(self) -> Any:
         """The step as it is surveyed, its loops divided; None where they cannot be."""
-        flat = _prepare.prepare(self.outcome.closed, self.target.platform, sinks=bool(self._proposing))
+        flat = _prepare.prepare(self.outcome.closed, self.target.platform, sinks=self._repeats)
         return flat if self.variant is None else _split.apply_variant(flat, self.variant)
 
     @property
     def _proposing(self) -> list[Any]:
         return [p for p in self.passes if callable(getattr(p, "propose", None))]
+
+    @property
+    def _repeats(self) -> bool:
+        """Whether a pass may propose repeats: what is made inside a loop for nothing is then made again there."""
+        return any(getattr(p, "repeats", True) for p in self._proposing)
 
     @property
     def variant_key(self) -> tuple:

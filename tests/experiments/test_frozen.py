@@ -16,7 +16,7 @@ def test_both_ways_to_train_adapters_are_the_same_training():
     for training in (frozen.ADAPTERS, frozen.DROPPED):
         step, args, _ = frozen.build(training, "scan", "tiny", ["qkv"], rank=2)
         filled = steps.concrete(dict(zip(("params", "opt_state", "batch"), args, strict=True)))
-        params, state, batch = filled.values()
+        params, state, batch = (filled[name] for name in ("params", "opt_state", "batch"))
         run = jax.jit(step)
         for _ in range(2):
             new, state, loss = run(params, state, batch)
