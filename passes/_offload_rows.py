@@ -81,11 +81,13 @@ class Rows:
         if fraction == "auto":
             fraction = _hidden(trial, products, _specs.spec_for(context.target))
         count = _count(fraction, length, least=0 if self.fraction == "auto" else 1)
-        if count >= length:
-            left.append(Left("Products", "all rows of them can be sent while the device computes"))
+        if count in (0, length):
+            what = "no row" if count == 0 else "every row"
+            why = f"{what} of them would be hidden, as the link sends {fraction:.3f} of them while a layer is computed"
+            left.append(Left("Every large product", why))
             return base
         found = make(count=count)
-        first = next(iter(found.heads or trial.heads))
+        first = next(iter(found.heads))
         axis, source = found.forward.axis[first], c.user_source(found.forward.maker[first])
         size = products * trial.trips
         away = f"{count} of {length} rows (axis {axis}) may go to the host; the backward pass makes the others again"

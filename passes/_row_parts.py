@@ -124,7 +124,7 @@ class Backward:
                 self.handed[var] = self.hand(var)
             return self.handed[var]
         if var not in self._full:
-            if var in f.products and self.count:
+            if var in f.products:
                 parts = [self.hand_head(self._head(var)), self.tail(var)]
                 self._full[var] = self._emit(jax.lax.concatenate_p, parts, var.aval, var, dimension=f.axis[var])
             elif _is_root(f.maker[var]):
