@@ -44,6 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "fractions", ["1"], "Parts of the tokens to send, numbers or auto; below 1 the rest is made again."
     )
+    flags.DEFINE_bool("kernels", False, "Take kernels of attention and losses in every planned row.")
     flags.DEFINE_string("target", "tpu:v5e:1x1", "What to compile for.")
     flags.DEFINE_string(
         "larger_target", "tpu:v5p:1x1x1", "Where the plain step goes that is too large; empty: nowhere."
@@ -81,6 +82,8 @@ def _planned(built: tuple, target: str, passes: list[Any], name: str, repeats: b
     import memopt
 
     step, args, options = built
+    if flags.FLAGS.kernels:
+        passes = [memopt.passes.Kernels(), *passes]
     common = dict(target=target, passes=passes, verify=False, **options)
     points = memopt.optimize(step, budget="100%", **common).frontier(*args)
     points = [point for point in points if point.recompute_flops > 0] if repeats else points
@@ -133,7 +136,12 @@ def main(argv: Sequence[str]) -> int:
     values = flags.FLAGS
     folder, rows = pathlib.Path(values.out_dir), []
     form = "tiny" if values.tiny else "small" if values.small else "full"
-    settings = {"form": form, "target": values.target, "made with": _report.environment(commit=False)}
+    settings = {
+        "form": form,
+        "target": values.target,
+        "kernels": values.kernels,
+        "made with": _report.environment(commit=False),
+    }
     cache = _report.Cache(folder / "rows.json", settings)
     for name in values.steps:
         family, _, layers = name.partition(":")
