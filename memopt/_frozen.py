@@ -103,6 +103,9 @@ class _Flow:
             self._see(op)
 
     def _see(self, op: g.Op) -> None:
+        if op.eqn.primitive is c.optimization_barrier_p:
+            self._pass_on(op)
+            return
         read = [v for i, v in enumerate(op.inputs) if v is not None and i not in op.mapped]
         if op.eqn.primitive.name == "select_n" and len(read) > 2:
             read = read[1:]  # whether all gradients are finite, say, makes no gradient of what is chosen
@@ -121,6 +124,20 @@ class _Flow:
             for v, outer in zip(c.open_jaxpr(body.jaxpr).invars, op.inputs[shift:], strict=False):
                 if outer in self.late:
                     self.late.add(body.env[v])
+
+    def _pass_on(self, op: g.Op) -> None:
+        """A barrier: each result is its own operand."""
+        if self.marks.is_backward(op):
+            self.backward_reads.update(v for v in op.inputs if v is not None)
+        for v, out in zip(op.inputs, op.outputs, strict=True):
+            if v is None:
+                continue
+            self._forms_of[out] = self.of(v)
+            if v in self._origins:
+                self._origins[out] = self._origins[v]
+            for found in (self.late, self.mixed):
+                if v in found:
+                    found.add(out)
 
     def _update(self, op: g.Op, read: Sequence[int], is_late: bool) -> None:
         """Follow arguments through what is neither forward nor backward pass, to where they meet gradients."""

@@ -86,7 +86,22 @@ def where_finite(loss, p, x):
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, p)
 
 
-DROPPING = [adapters_alone, stopped, set_to_zero, replaced_by_zeros, behind_a_barrier, where_finite]
+def updated_behind_a_barrier(loss, p, x):
+    """Updates of all weights, those by zero too, pass one barrier with a gradient."""
+    grads = jax.grad(loss)(p, x)
+    new = optax.apply_updates(p, TX.update(grads, TX.init(p), p)[0])
+    return jax.lax.optimization_barrier((new, grads["lora"]["a"]))[0]
+
+
+DROPPING = [
+    updated_behind_a_barrier,
+    adapters_alone,
+    stopped,
+    set_to_zero,
+    replaced_by_zeros,
+    behind_a_barrier,
+    where_finite,
+]
 
 
 def everything(loss, p, x):
