@@ -56,6 +56,7 @@ def scanned(one):
 
 def unrolled(one):
     def loss(w, x):
+        x = jnp.take(x, jnp.arange(LENGTH), axis=1)  # as an embedding: no argument in another form
         for i in range(LAYERS):
             x = one(x, jax.tree.map(lambda leaf, i=i: leaf[i], w))
         return jnp.mean(x**2)
@@ -110,24 +111,34 @@ def test_the_forward_loop_hands_on_first_rows_of_products_and_the_rest_is_never_
 
 
 def test_rows_are_not_made_again_from_the_rows_of_layers_before():
-    """Sums of two branches stay whole, so each product is made again once, of what its own layer keeps."""
+    """Sums of two branches stay whole: of each layer the products before its two last ones are made again, once."""
     closed = flat(unrolled(layer))
     new, _ = cut(closed, 0.5)
-    forward = memopt.matmul_flops(_inline.inline(jax.make_jaxpr(unrolled(layer))(weights(), X)))
-    assert memopt.matmul_flops(new) - memopt.matmul_flops(closed) <= 0.5 * forward
+    dense = 2 * BATCH * LENGTH * WIDTH * (3 + 2 + 2) * WIDTH  # qkv, up and gate
+    attention = 2 * 2 * BATCH * LENGTH * LENGTH * WIDTH
+    assert memopt.matmul_flops(new) - memopt.matmul_flops(closed) == 0.5 * LAYERS * (dense + attention)
 
 
 def test_what_is_made_again_waits_for_a_gradient():
     """Else XLA would make it in the forward pass at once, and keep it."""
     base = c.open_jaxpr(cut(flat(unrolled(layer)), 0.5)[0])
-    late: set = set()
-    for eqn in base.eqns:
-        if c.is_transposed(c.transforms(eqn)) or eqn.primitive.name == "optimization_barrier":
-            read = [v for v in eqn.invars if not isinstance(v, c.Literal)]
-            if eqn.primitive.name == "dot_general" and eqn.outvars[0].aval.shape[1:2] == (LENGTH // 2,):
-                assert any(v in late for v in read)
-            if eqn.primitive.name != "optimization_barrier" or any(v in late for v in read):
-                late.update(eqn.outvars)
+    maker = {v: eqn for eqn in base.eqns for v in eqn.outvars}
+
+    def behind(var):
+        """Say whether a barrier that a gradient passes as well stands before a variable, on every way to it."""
+        eqn = maker.get(var)
+        if eqn is None:
+            return True  # an argument
+        read = [v for v in eqn.invars if not isinstance(v, c.Literal)]
+        if eqn.primitive.name == "optimization_barrier":
+            return any(c.is_transposed(c.transforms(maker[v])) for v in read if v in maker)
+        return all(map(behind, read))
+
+    again = [
+        eqn for eqn in base.eqns if eqn.primitive.name == "dot_general" and LENGTH // 2 in eqn.outvars[0].aval.shape
+    ]
+    assert len(again) >= 3 * LAYERS
+    assert all(behind(eqn.invars[0]) for eqn in again)
 
 
 def test_a_value_that_no_row_rule_knows_is_handed_on_whole():
@@ -180,7 +191,7 @@ def test_plans_send_first_rows_and_come_back_from_a_file():
     plan = planned.plan(weights(), x)
     assert plan.rewrites == ("offload-rows",) and plan.recompute_flops > 0
     sent = [d for d in plan.decisions if d.choice == "host"]
-    assert any("slice" in d.name for d in sent)
+    assert any("slice" in d.name for d in sent) and all(d.stored_bytes == 0 for d in sent)
     again = memopt.optimize(step, plan=memopt.Plan.from_json(plan.to_json()), **options)
     for ours, theirs in zip(
         jax.tree.leaves((planned(weights(), x), again(weights(), x))),
@@ -256,6 +267,7 @@ def test_an_operation_on_some_rows_makes_those_rows(number):
     [
         lambda a: jnp.sum(a, axis=1), lambda a: jnp.cumsum(a, axis=1), lambda a: jnp.flip(a, axis=1),
         lambda a: jnp.sort(a, axis=1), lambda a: a[:, 1:], lambda a: jnp.reshape(a, (24, 5)),
+        lambda a: jnp.reshape(a, (6, 4, 5)),
     ],
 )  # fmt: skip
 def test_rows_that_depend_on_each_other_are_no_rows(function):
