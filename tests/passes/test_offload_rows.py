@@ -1,6 +1,7 @@
 """A fraction of the tokens: products of which some rows are sent and the others made again, with the same results."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,7 @@ def test_what_is_made_again_waits_for_a_gradient():
     base = c.open_jaxpr(cut(flat(unrolled(layer)), 0.5)[0])
     maker = {v: eqn for eqn in base.eqns for v in eqn.outvars}
 
+    @functools.cache
     def behind(var):
         """Say whether a barrier that a gradient passes as well stands before a variable, on every way to it."""
         eqn = maker.get(var)
