@@ -248,6 +248,11 @@ def dce(jaxpr: Any, used: Sequence[bool] | None = None) -> tuple[Any, list[bool]
     return _pe.dce_jaxpr(base, used, instantiate=True)
 
 
+def dce_inputs(jaxpr: Any, used: Sequence[bool]) -> tuple[Any, list[bool]]:
+    """Drop what no used output and no effect needs, inputs too; return the rest and which inputs it has."""
+    return _pe.dce_jaxpr(open_jaxpr(jaxpr), list(used))
+
+
 def lowered(closed: Any) -> Any:
     """Return an equal closed jaxpr without what JAX 0.12 lowers itself before it compiles (`searchsorted` is such)."""
     base, lower = open_jaxpr(closed), getattr(_pe, "lower_jaxpr2", None)

@@ -89,7 +89,11 @@ class Left:
 
 @runtime_checkable
 class Pass(Protocol):
-    """What the planner asks of a pass."""
+    """What the planner asks of a pass.
+
+    One that never yields a `Repeat` may say so by `repeats = False`: constants then stay outside loops, where no pass
+    of the list could make them again.
+    """
 
     @property
     def name(self) -> str:

@@ -18,10 +18,11 @@ from typing import Any
 import jax
 
 from memopt import _compat as c
-from memopt import _explain_plot, _inline, _local, _timeline
+from memopt import _explain_plot, _frozen, _inline, _local, _timeline
 from memopt._cost import aval_bytes, padded_bytes
 from memopt._errors import format_bytes
 from memopt._explain_walk import Alive, Sample, Walk, general, short
+from memopt._graph import Graph
 from memopt._measure import as_jitted, is_optimized, measure
 from memopt._plan import Decision
 from memopt._target import Target, limit_bytes
@@ -55,6 +56,7 @@ class Explanation:
         timeline: temporaries along the step, by module path.
         compiled: the compiler's own figures where asked for: the fields of `Memory`.
         sharding: where a pass shards the step: what is split how, what is whole and why, what collectives send.
+        dropped: what would be kept if frozen arguments were trained, and why it is not, largest first.
 
     Example:
         >>> import jax, memopt
@@ -78,6 +80,7 @@ class Explanation:
     timeline: tuple[Sample, ...]
     compiled: dict[str, Any] | None = None
     sharding: tuple[Decision, ...] = ()
+    dropped: tuple[Decision, ...] = ()
 
     def to_json(self) -> str:
         """Return the whole explanation as a JSON string."""
@@ -95,7 +98,8 @@ class Explanation:
             raise ValueError("This JSON is no explanation of version 1. Make it anew: memopt.explain(...).to_json().")
         fields["alive"] = tuple(Alive(**item | {"shape": tuple(item["shape"])}) for item in fields["alive"])
         fields["advice"] = tuple(Advice(**item) for item in fields["advice"])
-        fields["sharding"] = tuple(Decision(**item) for item in fields.get("sharding", ()))
+        for name in ("sharding", "dropped"):
+            fields[name] = tuple(Decision(**item) for item in fields.get(name, ()))
         fields["timeline"] = tuple(Sample(**item) for item in fields["timeline"])
         return cls(**fields)
 
@@ -264,7 +268,15 @@ def explain_traced(
         advice=tuple(sorted([*free, *_advice(alive)], key=lambda item: -item.bytes)),
         timeline=tuple(_shortened([_reroot(sample, roots) for sample in walk.samples()])),
         compiled=compiled,
+        dropped=_dropped(closed, names, target),
     )
+
+
+def _dropped(closed: Any, names: Sequence[str], target: Target) -> tuple[Decision, ...]:
+    """Return rows of what is not kept because only gradients of frozen arguments would read it."""
+    flat = _inline.inline(closed)
+    graph = Graph(c.close(c.dce(flat)[0], c.jaxpr_consts(flat)))
+    return _frozen.find(graph, names, lambda v: padded_bytes(graph.values[v].aval, target.platform)).dropped
 
 
 def _arguments(traced: Any, count: int) -> tuple[list[str], list[bool]]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from memopt._errors import format_bytes
 from memopt._explain_walk import Alive, general, short
+from memopt._plan import told_dropped
 
 _WIDTH = 170
 _ROWS = 16
@@ -29,6 +30,8 @@ def text(explanation: Any) -> str:
     out.print(_alive(explanation.alive))
     if explanation.sharding:
         out.print(_sharding(explanation.sharding))
+    for line in told_dropped(explanation.dropped):
+        out.print(line)
     if explanation.advice:
         out.print("What would help, most bytes first (they overlap):")
     for item in explanation.advice[:8]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memopt import _saved
@@ -74,6 +74,8 @@ class Plan:
       rewrites: names of the passes that rewrote the step before planning.
       predicted_error: what all forms do to the gradients, as `memopt.Sensitivity.figure` of the sum of their harms;
         errors of several values are taken as independent. None where nothing was measured.
+      dropped: a row for each value that would be kept if frozen arguments were trained, largest first; in no plan is
+        any of them kept for a gradient.
 
     Example:
       >>> import jax, jax.numpy as jnp, memopt
@@ -103,6 +105,7 @@ class Plan:
     variant: tuple[int, ...] = ()
     rewrites: tuple[str, ...] = ()
     predicted_error: float | None = None
+    dropped: tuple[Decision, ...] = ()
 
     def to_json(self) -> str:
         """Return the plan as a JSON string, for `Plan.from_json`."""
@@ -132,7 +135,7 @@ class Plan:
           ValueError: as `from_json`.
         """
         fields = _saved.plan_fields(data, frozenset(f.name for f in dataclasses.fields(Plan)))
-        fields["decisions"] = tuple(Decision(**d) for d in fields["decisions"])
+        fields.update({name: tuple(Decision(**d) for d in fields[name]) for name in ("decisions", "dropped")})
         return Plan(**fields)
 
     def check_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
@@ -174,9 +177,21 @@ class Plan:
         elif self.variant:
             kind, index, block, levels = self.variant
             console.print(f"- The loop at equation {index} runs in {levels} levels, with blocks of {block} ({kind}).")
+        for line in told_dropped(self.dropped):
+            console.print(f"- {line}")
         for note in self.notes:
             console.print(f"- {note}")
         return out.getvalue()
+
+
+def told_dropped(rows: Sequence[Decision], most: int = 6) -> list[str]:
+    """Return a sentence for each of the largest values that are not kept because weights are frozen."""
+    lines = [f"Not kept: {row.name} ({format_bytes(row.value_bytes)}); {row.reason}." for row in rows[:most]]
+    rest = rows[most:]
+    if rest:
+        size = format_bytes(sum(row.value_bytes for row in rest))
+        lines.append(f"Not kept: {len(rest)} more values ({size}) that only gradients of frozen arguments would read.")
+    return lines
 
 
 def parse(text: str) -> Any:

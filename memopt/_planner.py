@@ -81,6 +81,7 @@ class Ladder:
         step = rung.step
         as_written = rung.closed is step.closed
         error = None if step.sensitivity is None else step.sensitivity.figure(rung.harm)
+        left = (*step.left, *step.frozen.left)
         rows = [*self.rows, *(() if as_written else step.outcome.rows), *step.decisions(rung.choice)]
         return Plan(
             baseline_peak_bytes=self.rungs[0].predicted_peak_bytes,
@@ -95,7 +96,7 @@ class Ladder:
             notes=(
                 *step.notes,
                 *_error_notes(rung),
-                *dict.fromkeys(f"{x.what} was left as it was: {x.why}." for x in step.left),
+                *dict.fromkeys(f"{x.what} was left as it was: {x.why}." for x in left),
             ),
             target=str(step.target),
             fingerprint=step.fingerprint,
@@ -104,6 +105,7 @@ class Ladder:
             stores={value: store.name for value, store in sorted(rung.choice.stores.items())},
             rewrites=() if as_written else step.outcome.applied,
             predicted_error=error,
+            dropped=() if as_written and step.pruned else step.frozen.dropped,
         )
 
     def _gap(self, rung: Rung, budget_bytes: int | None) -> float:

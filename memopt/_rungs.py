@@ -59,7 +59,7 @@ class Rung:
 
 def plain_rung(step: Step, donated: Sequence[bool]) -> Rung:
     """Return the step as written."""
-    timeline = _timeline.simulate(step.closed, donated=donated, target=step.target, local=step.local)
+    timeline = _timeline.simulate(step.live, donated=donated, target=step.target, local=step.local)
     return Rung(step.closed, timeline.peak_bytes, timeline.packed_peak_bytes, 0.0, 0.0, Choice({}), step)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 FORMAT = 2
-_LATER = frozenset({"predicted_error"})  # plans saved before these are read too
 _REMEDY = "Plan again, and save that plan."
 
 
@@ -34,8 +33,8 @@ def plan_fields(data: Any, wanted: frozenset[str]) -> dict[str, Any]:
         )
     if data["memopt_plan"] != FORMAT:
         raise ValueError(f"This saved plan has format {data['memopt_plan']!r}, and memopt reads {FORMAT}. {_REMEDY}")
-    fields = {key: value for key, value in data.items() if key != "memopt_plan"}
-    for name in sorted((wanted ^ set(fields)) - (_LATER - set(fields))):
+    fields = {**_LATER, **{key: value for key, value in data.items() if key != "memopt_plan"}}
+    for name in sorted(wanted ^ set(fields)):
         raise damaged(name, "is missing" if name in wanted else "is no field of a plan")
     return {name: _read(name, value) for name, value in fields.items()}
 
@@ -159,6 +158,7 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str, Callable[[Any], Any]]] = {
     "optimality_gap": _NUMBER,
     "planning_seconds": _NUMBER,
     "decisions": (_is_list(_is_decision), "a list of decisions", _same),
+    "dropped": (_is_list(_is_decision), "a list of decisions", _same),
     "notes": (_is_list(_is_text), "a list of sentences", tuple),
     "target": (_is_text, "a text", _same),
     "fingerprint": (_is_table(_is_text, bool), "a table of texts", _same),
@@ -168,3 +168,4 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str, Callable[[Any], Any]]] = {
     "rewrites": (_is_list(_is_text), "a list of passes", tuple),
     "variant": (_is_variant, "empty or the kind, path, block and levels of a divided loop", _tupled),
 }
+_LATER: dict[str, Any] = {"dropped": [], "predicted_error": None}  # fields that plans saved before do not have

@@ -27,7 +27,9 @@ COMPRESS = "memopt.compress."
 DERIVATIVE, MASK = "memopt.derivative", "memopt.derivative.mask"
 #: The scope of what a rewrite keeps in the place of a value: rows of it.
 SKETCH = "memopt.sketch"
-_MADE = {DERIVATIVE: "derivative", MASK: "derivative.mask", SKETCH: "sketch"}
+#: The scope of first rows of a product, whose other rows the backward pass makes again.
+ROWS = "memopt.rows"
+_MADE = {DERIVATIVE: "derivative", MASK: "derivative.mask", SKETCH: "sketch", ROWS: "rows"}
 _ASKS = {marker: ask for ask, marker in MARKERS.items()} | _MADE
 #: Marks that some decorator of this process has made and that need a pass of their own.
 USED: set[str] = set()

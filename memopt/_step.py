@@ -14,7 +14,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from memopt import _compat as c
-from memopt import _cost, _forms, _inline, _prepare, _probe, _rewrite, _saved, _scopes, _segments, _specs, _split
+from memopt import (
+    _cost,
+    _forms,
+    _frozen,
+    _inline,
+    _prepare,
+    _probe,
+    _prune,
+    _rewrite,
+    _saved,
+    _scopes,
+    _segments,
+    _specs,
+    _split,
+)
 from memopt._contract import Context, Left, Repeat, Store
 from memopt._decisions import Names, decisions, settle
 from memopt._fingerprint import fingerprint, graph_digest
@@ -54,13 +68,14 @@ class Step:
         self.variant = variant
         self.context = Context(target) if context is None else context
         self.rewriters = [p for p in _rewrite.rewriters(passes) if rewrites is None or p.name in rewrites]
+        self.pruned = False  # whether more is dead in it than XLA is known to remove
         self.closed, self.target, self.passes, self._rewritten = closed, target, passes, rewritten
         shardings = self.outcome.shardings or shardings
         self.local = None if shardings is None else local_shapes(self.flat, shardings)
         self.notes = () if self.local is None else self.local.notes
         self.compile_seconds = 0.0 if self.local is None else self.local.compile_seconds
-        self.baseline_flops = _cost.matmul_flops(closed)
-        self.baseline_seconds = self.seconds(closed)
+        self.baseline_flops = _cost.matmul_flops(self.live)
+        self.baseline_seconds = self.seconds(self.live)
         self.left: list[Left] = []
         self.survey: Survey | None = None
         self.repeatable: dict[int, float] = {}
@@ -73,23 +88,33 @@ class Step:
             self._survey(overrides)
 
     @functools.cached_property
+    def live(self) -> Any:
+        """The step as written, without the dead code that XLA removes: gradients that are taken and dropped."""
+        return c.close(c.dce(self.closed)[0], c.jaxpr_consts(self.closed))
+
+    @functools.cached_property
     def outcome(self) -> _rewrite.Outcome:
         """The step without plain calls and dead code, after its rewrites."""
         respect = any(getattr(p, "respect_checkpoint", False) for p in self.passes)
         flat = _inline.inline(self.closed, respect_checkpoint=respect)
-        flat = c.close(c.dce(flat)[0], c.jaxpr_consts(flat))
+        flat, self.pruned = _prune.prune(flat)
         known = self._rewritten
         return _rewrite.apply(flat, self.rewriters, self.context, respect_checkpoint=respect, known=known)
 
     @functools.cached_property
     def flat(self) -> Any:
         """The step as it is surveyed, its loops divided; None where they cannot be."""
-        flat = _prepare.prepare(self.outcome.closed, self.target.platform, sinks=bool(self._proposing))
+        flat = _prepare.prepare(self.outcome.closed, self.target.platform, sinks=self._repeats)
         return flat if self.variant is None else _split.apply_variant(flat, self.variant)
 
     @property
     def _proposing(self) -> list[Any]:
         return [p for p in self.passes if callable(getattr(p, "propose", None))]
+
+    @property
+    def _repeats(self) -> bool:
+        """Whether a pass may propose repeats: what is made inside a loop for nothing is then made again there."""
+        return any(getattr(p, "repeats", True) for p in self._proposing)
 
     @property
     def variant_key(self) -> tuple:
@@ -150,6 +175,13 @@ class Step:
             return []
         harms = {v: (self.sensitivity.figure(x), self.sensitivity.words(x)) for v, x in self.harms(choice).items()}
         return decisions(self.survey, self.names, choice, self.repeatable, harms)
+
+    @functools.cached_property
+    def frozen(self) -> _frozen.Found:
+        """What is not kept because only gradients of frozen arguments would read it."""
+        if self.survey is None:
+            return _frozen.Found()
+        return _frozen.find(self.survey.graph, self.context.paths, self.survey.bytes_of_value)
 
     def choice_of(self, plan: Plan) -> Choice:
         """Return the choice that a saved plan holds.

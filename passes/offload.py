@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from memopt._contract import Context, Left, Rewritten, Store
 from memopt._survey import Survey
-from memopt.passes import _offload_state, _residuals
+from memopt.passes import _offload_rows, _offload_state, _residuals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,12 @@ class Offload(_offload_state.HostState):
 
     Args:
       where: `fnmatch` patterns on module paths, a string or a tuple; empty for everything.
-      fraction: the part of each value that goes, along its longest axis; the rest stays on the device (MEMO's alpha:
-        with a pass that repeats, values of which nothing goes are repeated).
+      fraction: the part of the tokens whose products go (MEMO's alpha): of each large matrix product the first rows
+        are sent, and the backward pass makes the others again from the same rows of what the product is made of. What
+        follows from products by cheap operations is made again of them; other values, such as a layer's input, go
+        whole. `"auto"` takes the part that the link sends while the forward pass computes, by public rates, less what
+        goes whole. Where nothing can be cut into rows, this part of each value goes, along its longest axis, and the
+        rest stays on the device. 1.0 sends values whole and repeats nothing.
       hidden: the part of a transfer that is hidden behind computation, from 0 to 1; the rest is counted as time.
       least_bytes: smaller values stay.
       only_marked: only what `@memopt.offload` marks.
@@ -41,32 +45,42 @@ class Offload(_offload_state.HostState):
       Offload(where=(), fraction=1.0, hidden=0.5, least_bytes=1048576, only_marked=False, state=())
 
     Raises:
-      ValueError: a fraction outside its range, or a pattern that matches no module path.
+      ValueError: a fraction outside its range, a fraction with `only_marked`, or a pattern that matches no module path.
 
     Source: Rhu et al., "vDNN: Virtualized Deep Neural Networks for Scalable, Memory-Efficient Neural Network Design",
     MICRO 2016; the fraction of tokens is Zhao et al., "MEMO: Fine-grained Tensor Management For Ultra-long Context LLM
     Training", 2024 (arXiv 2407.12117), section 4.
 
-    Limits: on XLA:CPU, where host and device memory are one, this changes no figure. XLA may drop a transfer. State of
-    scanned layers is fetched a layer at a time where a loop alone uses it: parameters that are only read, and with
-    `FuseUpdate` all that is updated in the backward loop. Other state XLA:TPU was measured to fetch at the start of the
-    step, all at once: then the arguments fall, and the temporaries rise by as much.
+    Limits: with a fraction, products of fewer rows may be summed in another order (float tolerance). Rows are those of
+    the longest axis of a layer's input but the last; products are cut in pairs of loops, or in a step without any at
+    the top level. On XLA:CPU, where host and device memory are one, this changes no figure. XLA may drop a transfer.
+    State of scanned layers is fetched a layer at a time where a loop alone uses it: parameters that are only read, and
+    with `FuseUpdate` all that is updated in the backward loop. Other state XLA:TPU was measured to fetch at the start
+    of the step, all at once: then the arguments fall, and the temporaries rise by as much.
     """
 
     where: str | tuple[str, ...] = ()
-    fraction: float = 1.0
+    fraction: float | str = 1.0
     hidden: float = 0.5
     least_bytes: int = 1 << 20
     only_marked: bool = False
     state: str | tuple[str, ...] = ()
     stage: ClassVar[int] = 45
+    repeats: ClassVar[bool] = False
 
     def __post_init__(self):
         for name in ("where", "state"):
             patterns = getattr(self, name)
             object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
-        if not 0.0 < self.fraction <= 1.0:
-            raise ValueError(f"The fraction that goes to the host is above 0 and at most 1, not {self.fraction}.")
+        known = self.fraction == "auto" if isinstance(self.fraction, str) else 0.0 < self.fraction <= 1.0
+        if not known:
+            raise ValueError(
+                f"The fraction that goes to the host is above 0 and at most 1, or 'auto', not {self.fraction!r}."
+            )
+        if self.fraction != 1.0 and self.only_marked:
+            raise ValueError(
+                "A fraction of the tokens is cut wherever it can be: leave only_marked out, or give where=."
+            )
         if not 0.0 <= self.hidden <= 1.0:
             raise ValueError(f"The hidden part of a transfer is from 0 to 1, not {self.hidden}.")
 
@@ -80,6 +94,11 @@ class Offload(_offload_state.HostState):
         """Whether the budget decides all of it: state goes whatever the budget."""
         return not self.state
 
+    def parts(self) -> tuple[Any, ...]:
+        """Return the rewriters that do its work: of the state, and of products that are cut into rows."""
+        cuts = self.fraction != 1.0
+        return (self, _offload_rows.Rows(self.fraction, self.where, self.least_bytes)) if cuts else (self,)
+
     def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
         """Return the step with its state fetched from the host and sent back, one leaf after the other."""
         return _offload_state.rewritten(closed, context, self.name) if self.state else None
@@ -90,11 +109,14 @@ class Offload(_offload_state.HostState):
         if not link:
             yield Left("Offload", "the link between this device and its host is not known")
             return
-        for one in _residuals.chosen(survey, self.where):
+        residuals = _residuals.chosen(survey, self.where)
+        is_cut = any(one.mark == _offload_rows.MARK for one in _residuals.residuals(survey))
+        fraction = 1.0 if is_cut or self.fraction == "auto" else self.fraction
+        for one in residuals:
             asked = one.mark == "offload"
             if one.bytes < self.least_bytes or not one.aval.shape or (self.only_marked and not asked):
                 continue
-            form = _Away(*_part(one.aval.shape, self.fraction), one.aval.shape)
+            form = _Away(*_part(one.aval.shape, fraction), one.aval.shape)
             stays = one.bytes * (1 - form.count / one.aval.shape[form.axis])
             seconds = 2 * (one.bytes - stays) / link * (1 - self.hidden)
             yield Store(one.value, seconds, int(stays), form.encode, form.decode, name="host", asked=asked)

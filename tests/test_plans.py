@@ -120,7 +120,8 @@ def test_a_damaged_field_is_named(plans, fields, says):
 
 
 def test_a_missing_field_is_named(plans):
-    for name in plans.plans[0].to_data().keys() - {"memopt_plan", "predicted_error"}:
+    later = {"dropped", "predicted_error"}  # plans saved before these are read too
+    for name in plans.plans[0].to_data().keys() - {"memopt_plan"} - later:
         data = {k: v for k, v in plans.plans[0].to_data().items() if k != name}
         with pytest.raises(ValueError, match=f"'{name}' is missing. Plan again"):
             memopt.Plan.from_json(json.dumps(data))

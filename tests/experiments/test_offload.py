@@ -4,7 +4,7 @@ import offload
 
 
 def row(temp, host):
-    return {"temp_bytes": temp, "host_temp_bytes": host}
+    return {"row": "offload", "temp_bytes": temp, "host_temp_bytes": host}
 
 
 def test_what_is_missing_is_on_its_way():
