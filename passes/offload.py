@@ -6,13 +6,15 @@ while it is away, and the seconds of the link to the host and back. Which of the
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from memopt import _forms
 from memopt._contract import Context, Left, Rewritten, Store
 from memopt._survey import Survey
 from memopt.passes import _offload_rows, _offload_state, _residuals
@@ -22,8 +24,8 @@ from memopt.passes import _offload_rows, _offload_state, _residuals
 class Offload(_offload_state.HostState):
     """Let the planner send forward values to the host's memory, and fetch them where the backward pass reads them.
 
-    Device memory falls by what is away; the cost is each byte twice over the link to the host, of which as much is
-    hidden as the device computes meanwhile. Exact. After compiling, `host_temp_bytes` tells what really went.
+    Device memory falls by what is away; the cost is each byte twice over the link to the host, less what is hidden
+    behind computation. Exact. After compiling, `host_temp_bytes` tells what really went.
 
     Args:
       where: `fnmatch` patterns on module paths, a string or a tuple; empty for everything.
@@ -34,6 +36,9 @@ class Offload(_offload_state.HostState):
         goes whole. Where nothing can be cut into rows, this part of each value goes, along its longest axis, and the
         rest stays on the device. 1.0 sends values whole and repeats nothing.
       hidden: the part of a transfer that is hidden behind computation, from 0 to 1; the rest is counted as time.
+        `"auto"`: for each loop's body, and for what is outside of loops, the seconds in which the forward pass computes
+        there over those in which everything that may go from there is sent, by public rates. It is counted so also
+        where a plan sends less, of which more would be hidden.
       least_bytes: smaller values stay.
       only_marked: only what `@memopt.offload` marks.
       state: `jax.tree_util.keystr` patterns of leaves of the state that lie in the host's memory between steps, a
@@ -42,7 +47,7 @@ class Offload(_offload_state.HostState):
     Example:
       >>> import memopt
       >>> memopt.passes.Offload()
-      Offload(where=(), fraction=1.0, hidden=0.5, least_bytes=1048576, only_marked=False, state=())
+      Offload(where=(), fraction=1.0, hidden='auto', least_bytes=1048576, only_marked=False, state=())
 
     Raises:
       ValueError: a fraction outside its range, a fraction with `only_marked`, or a pattern that matches no module path.
@@ -61,7 +66,7 @@ class Offload(_offload_state.HostState):
 
     where: str | tuple[str, ...] = ()
     fraction: float | str = 1.0
-    hidden: float = 0.5
+    hidden: float | str = "auto"
     least_bytes: int = 1 << 20
     only_marked: bool = False
     state: str | tuple[str, ...] = ()
@@ -81,8 +86,9 @@ class Offload(_offload_state.HostState):
             raise ValueError(
                 "A fraction of the tokens is cut wherever it can be: leave only_marked out, or give where=."
             )
-        if not 0.0 <= self.hidden <= 1.0:
-            raise ValueError(f"The hidden part of a transfer is from 0 to 1, not {self.hidden}.")
+        known = self.hidden == "auto" if isinstance(self.hidden, str) else 0.0 <= self.hidden <= 1.0
+        if not known:
+            raise ValueError(f"The hidden part of a transfer is from 0 to 1, or 'auto', not {self.hidden!r}.")
 
     @property
     def name(self) -> str:
@@ -112,14 +118,34 @@ class Offload(_offload_state.HostState):
         residuals = _residuals.chosen(survey, self.where)
         is_cut = any(one.mark == _offload_rows.MARK for one in _residuals.residuals(survey))
         fraction = 1.0 if is_cut or self.fraction == "auto" else self.fraction
-        for one in residuals:
-            asked = one.mark == "offload"
-            if one.bytes < self.least_bytes or not one.aval.shape or (self.only_marked and not asked):
-                continue
-            form = _Away(*_part(one.aval.shape, fraction), one.aval.shape)
-            stays = one.bytes * (1 - form.count / one.aval.shape[form.axis])
-            seconds = 2 * (one.bytes - stays) / link * (1 - self.hidden)
-            yield Store(one.value, seconds, int(stays), form.encode, form.decode, name="host", asked=asked)
+        forms = {
+            one: _Away(*_part(one.aval.shape, fraction), one.aval.shape)
+            for one in residuals
+            if one.bytes >= self.least_bytes and one.aval.shape and (one.mark == "offload" or not self.only_marked)
+        }
+        goes = {one: one.bytes * form.count / one.aval.shape[form.axis] for one, form in forms.items()}
+        hidden = _hidden(survey, goes) if self.hidden == "auto" else {}
+        for one, form in forms.items():
+            shown = 1 - hidden.get(survey.graph.values[one.value].region, self.hidden)
+            common = dict(name="host", asked=one.mark == "offload")
+            stays = int(one.bytes - goes[one])
+            yield Store(one.value, 2 * goes[one] / link * shown, stays, form.encode, form.decode, **common)
+
+
+def _hidden(survey: Survey, goes: Mapping[_residuals.Residual, float]) -> dict[int, float]:
+    """Return for each region the part of its transfers that its forward pass hides, if all of them are sent.
+
+    The backward pass, which fetches them, takes longer than the forward pass.
+    """
+    marks, regions = _forms.Marks(survey.graph), survey.graph.regions
+    sent = collections.Counter()
+    for one, count in goes.items():
+        sent[survey.graph.values[one.value].region] += count / survey.spec.host_bytes_per_second
+    found = {}
+    for region, seconds in sent.items():
+        computes = sum(survey.seconds[op.id] for op in regions[region].ops if not marks.is_backward(op))
+        found[region] = min(1.0, computes / seconds)
+    return found
 
 
 def _part(shape: tuple[int, ...], fraction: float) -> tuple[int, int]:

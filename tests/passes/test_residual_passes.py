@@ -1,5 +1,6 @@
 """Lossless, Compress, Offload: what they offer, that results are exact or within their error, and what is compiled."""
 
+import collections
 import dataclasses
 import functools
 
@@ -219,6 +220,37 @@ def test_offload_changes_no_bit(fraction, loop):
     assert len(puts) >= 2
 
 
+@pytest.mark.parametrize("loop", [scanned, unrolled])
+def test_a_transfer_costs_what_the_forward_pass_does_not_hide(loop):
+    survey = forced.survey_of(trace(loop(gelu), arguments()))
+    link = survey.spec.host_bytes_per_second
+    whole = {p.value: p.seconds for p in Offload(least_bytes=1 << 12, hidden=0).propose(survey)}
+    found = {p.value: p.seconds for p in Offload(least_bytes=1 << 12).propose(survey)}
+    assert found.keys() == whole.keys()
+    regions = collections.defaultdict(list)
+    for value in found:
+        regions[survey.graph.values[value].region].append(value)
+    marks = _forms.Marks(survey.graph)
+    for region, values in regions.items():
+        sent = sum(survey.bytes_of_value(v) for v in values) / link
+        ops = [op for op in survey.graph.regions[region].ops if not marks.is_backward(op)]
+        computed = sum(survey.seconds[op.id] for op in ops)
+        assert len(ops) < len(survey.graph.ops)
+        for v in values:
+            np.testing.assert_allclose(found[v], whole[v] * max(0, 1 - computed / sent), rtol=1e-6)
+    assert any(0 < found[v] < whole[v] for v in found)
+
+
+def test_what_the_forward_pass_hides_in_full_costs_nothing():
+    def layer(h, w):  # much arithmetic on few bytes
+        return jnp.tanh(functools.reduce(lambda y, _: y @ w, range(64), h))
+
+    survey = forced.survey_of(trace(scanned(layer), arguments()))
+    survey.spec = dataclasses.replace(survey.spec, host_bytes_per_second=survey.spec.memory_bytes_per_second)
+    found = list(Offload(least_bytes=1 << 12).propose(survey))
+    assert found and min(p.seconds for p in found) == 0
+
+
 def everything(closed):
     for eqn in c.open_jaxpr(closed).eqns:
         yield eqn
@@ -227,7 +259,12 @@ def everything(closed):
 
 
 def test_settings_that_make_no_sense_are_refused():
-    for make in (lambda: Offload(fraction=0.0), lambda: Offload(fraction=1.5), lambda: Offload(hidden=2.0)):
+    for make in (
+        lambda: Offload(fraction=0.0),
+        lambda: Offload(fraction=1.5),
+        lambda: Offload(hidden=2.0),
+        lambda: Offload(hidden="all"),
+    ):
         with pytest.raises(ValueError, match="not"):
             make()
     with pytest.raises(ValueError, match="no codec"):
