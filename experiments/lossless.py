@@ -3,7 +3,8 @@
 In: flags; reference steps as shapes. Out: for each step a row as written and one in which nothing is repeated and
 whatever has a smaller exact form is kept in it (an otherwise equal plan), then pairs of rows at the same budgets, by
 `Remat` and `Kernels` without and with `Lossless` (the default passes): residual bytes (what is read again later, of all
-places), temporaries compiled ahead of time for the target, and whether the tiny form gives bitwise the same on the CPU.
+places), temporaries compiled ahead of time for the target, and whether the tiny form gives bitwise the same on the CPU,
+run operation by operation.
 A table, a CSV file and a picture; exit code 1 where a row with `Lossless` compiles to more than its partner.
 
     python experiments/lossless.py --steps=resnet,unet_2d
@@ -105,9 +106,13 @@ def plain_row(built: tuple, target: str, compiles: bool) -> dict[str, Any]:
 
 
 def difference(name: str) -> str:
-    """Run the tiny form on the CPU as written and with `Lossless` alone, and say how far results are apart."""
+    """Run two otherwise equal plans of the tiny form on the CPU, without and with forms, and compare all results.
+
+    They are run operation by operation: compiled whole, XLA fuses other operations and adds in another order.
+    """
     import jax
     import numpy as np
+    from jax.extend import core
 
     import memopt
     from memopt.models import steps
@@ -115,17 +120,19 @@ def difference(name: str) -> str:
     step, args, _ = build(name, "tiny")
     args = steps.concrete(args)
     common = dict(target="cpu", passes=[memopt.passes.Lossless()], verify=False)
-    points = memopt.optimize(step, budget="100%", **common).frontier(*args)
-    planned = memopt.optimize(step, budget=min(point.peak_bytes for point in points), **common)
-    if not any(d.choice not in ("keep", "recompute") for d in planned.plan(*args).decisions):
+    peaks = [point.peak_bytes for point in memopt.optimize(step, budget="100%", **common).frontier(*args)]
+    plain, stored = (memopt.optimize(step, budget=peak, **common) for peak in (max(peaks), min(peaks)))
+    forms = [any(d.choice not in ("keep", "recompute") for d in p.plan(*args).decisions) for p in (plain, stored)]
+    if forms != [False, True]:
         return "nothing to store"
-    pairs = zip(jax.tree.leaves(jax.jit(step)(*args)), jax.tree.leaves(planned(*args)), strict=True)
+    with jax.disable_jit():
+        want, got = (core.jaxpr_as_fun(p.trace(*args).jaxpr)(*jax.tree.leaves(args)) for p in (plain, stored))
     apart = 0.0
-    for want, got in pairs:
-        if jax.numpy.issubdtype(want.dtype, jax.dtypes.prng_key):
+    for one, other in zip(want, got, strict=True):
+        if jax.numpy.issubdtype(one.dtype, jax.dtypes.prng_key):
             continue
-        want, got = np.asarray(want, np.float64), np.asarray(got, np.float64)
-        apart = max(apart, float(np.max(np.abs(got - want) / max(1e-30, float(np.abs(want).max())), initial=0.0)))
+        one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
+        apart = max(apart, float(np.max(np.abs(other - one) / max(1e-30, float(np.abs(one).max())), initial=0.0)))
     return "bitwise" if apart == 0.0 else f"{apart:.1e} relative"
 
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -338,7 +339,7 @@ def test_forms_whose_sketched_plans_are_all_beaten_are_not_searched():
 
     class Sketched:
         def __init__(self, *plans):
-            self.step = object()
+            self.step = types.SimpleNamespace(harm_limit=None)
             figures = ("predicted_peak_bytes", "recompute_flops")
             self.plans = [
                 dataclasses.replace(base, step=self.step, **dict(zip(figures, p, strict=True))) for p in plans
