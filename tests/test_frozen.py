@@ -137,10 +137,11 @@ def surveyed(function, *args):
 @pytest.mark.parametrize("loss", [scanned, unrolled, rematted])
 @pytest.mark.parametrize("step", DROPPING)
 def test_values_for_gradients_of_frozen_weights_are_not_kept_and_named(step, loss):
-    """Of a layer `sin(h @ plain)` has no other reader; `h` has, because it makes the gradient of tanh."""
+    """Of a layer `sin(h @ plain)` has no other reader; `h` has where it makes the gradient of tanh (JAX 0.10)."""
     closed, found = surveyed(lambda p, x: step(loss, p, x), params(), X)
-    rows = found.frozen.dropped
-    assert rows and all("sin" in row.name for row in rows)
+    rows = [row for row in found.frozen.dropped if "sin" in row.name]
+    others = {row.name.partition(".")[0] for row in found.frozen.dropped if row not in rows}
+    assert rows and others <= ({"tanh"} if jax.__version_info__ >= (0, 11) else set())
     assert sum(row.value_bytes for row in rows) == LAYERS * BATCH * WIDTH * 4
     assert all("`[0]['base']['out']`" in row.reason and row.choice == "dropped" for row in rows)
     later = {found.survey.graph.values[v].op for v, _ in found.survey.needs()}
@@ -209,7 +210,7 @@ def test_plans_and_explanations_say_it():
 
     found = memopt.optimize(run, budget="100%", target="cpu", verify=False)
     plan = found.plan(params(), X)
-    (row,) = plan.dropped
+    row = next(row for row in plan.dropped if "sin" in row.name)
     assert row.name not in {decision.name for decision in plan.decisions}
     assert plan.baseline_flops < memopt.matmul_flops(jax.make_jaxpr(run)(params(), X))  # XLA removes the rest, too
     told = f"Not kept: {row.name} (36.0 KiB); only the gradient of frozen `[0]['base']['out']` would read it"
