@@ -43,8 +43,8 @@ class Ladder:
       planning_seconds: how long it took.
       first: the first rung that may be chosen: 1 where a plan was given or a pass rewrites the step in any case.
       refused: plans that do more harm to gradients than the user allows.
-      spares: plans that a rung beats by predicted peak, and none would if the compiler's heap had no holes. Their
-        indices follow those of the rungs; `choose` never takes them.
+      spares: plans that a rung beats by predicted peak, and none would if the compiler's heap had no holes, or if there
+        were no exact forms. Their indices follow those of the rungs; `choose` never takes them.
     """
 
     def __init__(
@@ -171,6 +171,7 @@ def make_ladder(
             return Ladder([plain, *found], step, time.perf_counter() - start, 1, spares, refused)
         found = _rungs.hull(plain, rungs)
         spares = _rungs.spares(found, rungs)
+        spares += [rung for rung in _rungs.bare(plain, found, rungs) if not any(rung is other for other in spares)]
         return Ladder([plain, *found], step, time.perf_counter() - start, 0, spares, refused)
 
 

@@ -101,6 +101,22 @@ def spares(chosen: list[Rung], rungs: list[Rung]) -> list[Rung]:
     return out
 
 
+def bare(plain: Rung, chosen: list[Rung], rungs: list[Rung]) -> list[Rung]:
+    """Return the hull of plans without exact forms, less the chosen plans; none where no chosen plan has such forms."""
+    if not any(has_forms(rung) for rung in chosen):
+        return []
+    out: list[Rung] = []
+    for rung in _by_cost([rung for rung in rungs if not has_forms(rung)]):
+        if rung.predicted_peak_bytes < (out[-1] if out else plain).predicted_peak_bytes:
+            out.append(rung)
+    return [rung for rung in out if not any(rung is other for other in chosen)]
+
+
+def has_forms(rung: Rung) -> bool:
+    """Say whether a plan keeps values in exact forms that were tried when the search was over (`Store.late`)."""
+    return any(store.late for store in rung.choice.stores.values())
+
+
 def by_seconds(plain: Rung, rungs: list[Rung]) -> list[Rung]:
     """Return the hull of peak and seconds alone, whatever harm is done; no seconds are changed."""
     out: list[Rung] = []

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from memopt import _rungs
 from memopt._budget import resolve_budget
 from memopt._cost import aval_bytes
 from memopt._errors import BudgetError, format_bytes
@@ -224,11 +225,28 @@ def _next_choice(program: Program, attempt: int) -> int:
     measured = program.measured
     index = program.ladder.choose(program.budget_bytes, _expected(program, of=1 if attempt == REPLANS - 1 else 2))
     if index is None:
+        index = _without_forms(program)
+    if index is None:
         index = next((rung for rung, _ in _by_peak(program) if rung not in measured), None)
     if attempt == REPLANS or index is None:
         best = min(measured, key=measured.__getitem__)
         raise budget_error(program, best, measured[best])
     return index
+
+
+def _without_forms(program: Program) -> int | None:
+    """Return the cheapest spare without exact forms that is predicted to fit, where those that were tried have some.
+
+    On the hull they are beaten by plans with forms, whose peaks are predicted less well. One is tried.
+    """
+    ladder, budget = program.ladder, program.budget_bytes
+    spares = getattr(ladder, "spares", ())
+    bare = {len(ladder.rungs) + i for i, rung in enumerate(spares) if not _rungs.has_forms(rung)}
+    tried = {index for index in program.measured if bare and _rungs.has_forms(ladder.rung(index))}
+    if budget is None or not tried or not bare.isdisjoint(program.measured):
+        return None
+    left = [i for i in bare if ladder.rung(i).predicted_peak_bytes <= budget]
+    return min(left, key=lambda i: ladder.rung(i).recompute_flops, default=None)
 
 
 def _expected(program: Program, of: int = 1) -> dict[int, int]:

@@ -51,9 +51,10 @@ class Ladder:
         return next((i for i, peak in enumerate(peaks) if peak <= budget_bytes), None)
 
 
-def rung(closed, peak_bytes, flops=0.0, packed_bytes=None):
+def rung(closed, peak_bytes, flops=0.0, packed_bytes=None, late=False):
     packed_bytes = peak_bytes if packed_bytes is None else packed_bytes
     return SimpleNamespace(
+        choice=SimpleNamespace(stores={0: SimpleNamespace(late=True)} if late else {}),
         jaxpr=lambda: closed,
         predicted_peak_bytes=peak_bytes,
         packed_peak_bytes=packed_bytes,
@@ -168,6 +169,20 @@ def test_where_nothing_is_predicted_to_fit_a_spare_may_repeat_more(use):
     step = optimize(STEP, budget=SMALL_BYTES)
     step(W, X)
     assert program_of(step).measured == {2: SMALL_BYTES}
+
+
+@pytest.mark.parametrize("has_forms", [True, False])
+def test_a_plan_without_exact_forms_is_tried_where_those_with_them_miss(use, has_forms):
+    spares = ((SMALL_STEP, SMALL_BYTES, 9.0),)
+    use((None, 3 * PLAIN_BYTES), (shuffled(0), int(0.9 * SMALL_BYTES), 1.0, None, has_forms), spares=spares)
+    step = optimize(STEP, budget=SMALL_BYTES)
+    if has_forms:
+        step(W, X)
+        assert program_of(step).measured == {1: PLAIN_BYTES, 2: SMALL_BYTES}
+        assert program_of(step).index == 2
+    else:
+        with pytest.raises(BudgetError):
+            step(W, X)
 
 
 def test_a_spare_that_misses_leaves_the_rungs(use):
