@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from memopt import _sizes
 
 #: XLA:TPU moves parts of a row of an image into the batch where that has fewer images than a tile has rows: so many.
@@ -19,8 +21,8 @@ _LEAST_PART = 4
 def laid_out(eqn: Any) -> Iterator[tuple[int | None, int]]:
     """Yield the bytes of each image that a convolution reads or makes, on TPUs.
 
-    Batch and features are the two tiled dimensions, whatever the others are: the larger of them is padded to 128 lanes
-    and the other to whole tiles, whichever way takes less. Up to seven images are cut into eight parts each, features
+    Batch and features are the two tiled dimensions, whatever the others are: one of them is padded to 128 lanes and
+    the other to whole tiles, whichever way takes less. Up to seven images are cut into eight parts each, features
     in the lanes then; the parts overlap.
 
     Args:
@@ -45,6 +47,10 @@ def laid_out(eqn: Any) -> Iterator[tuple[int | None, int]]:
 def image_bytes(aval: Any, batch: int, features: int) -> int:
     """Return the bytes on TPUs of an array whose dimensions of the batch and of features are these.
 
+    Args:
+        aval: abstract value of an image or volume: the batch, features, and one or more dimensions of space.
+        batch, features: the numbers of these dimensions.
+
     Example:
         >>> import jax
         >>> image_bytes(jax.ShapeDtypeStruct((8, 128, 128, 32), "bfloat16"), 0, 3) // 2**20  # 32 features in 128 lanes
@@ -55,12 +61,11 @@ def image_bytes(aval: Any, batch: int, features: int) -> int:
     if not (shape and math.prod(aval.shape)):
         return _sizes.padded_bytes(aval, "tpu")
     if images >= _SPLITS or shape[-1] < _SPLITS:
-        tiles = aval.update(shape=(images, wide)) if hasattr(aval, "update") else type(aval)((images, wide), aval.dtype)
-        return math.prod(shape) * _sizes.padded_bytes(tiles, "tpu")
+        return math.prod(shape) * _sizes.padded_bytes(jax.ShapeDtypeStruct((images, wide), aval.dtype), "tpu")
     part = -(-shape[-1] // _SPLITS)
     part += part >= _LEAST_PART
-    lanes, rows = -(-wide // 128) * 128, -(-images * _SPLITS // 8) * 8
-    return math.prod(shape[:-1]) * part * rows * lanes * _sizes.element_bits(aval) // 8
+    lanes = -(-wide // 128) * 128
+    return math.prod(shape[:-1]) * part * images * _SPLITS * lanes * _sizes.element_bits(aval) // 8
 
 
 def _extent(aval: Any, spec: tuple[int, ...]) -> int:

@@ -70,10 +70,7 @@ def hull(plain: Rung, rungs: list[Rung]) -> list[Rung]:
     is the seconds of all of them: FLOPs alone would call a slow transfer free. Where harm was measured and no limit is
     set, it is the harm first. Plans over a limit are dropped.
     """
-    out: list[Rung] = []
-    for rung in _by_cost(rungs):
-        if rung.predicted_peak_bytes < (out[-1] if out else plain).predicted_peak_bytes:
-            out.append(rung)
+    out = _falling(plain, _by_cost(rungs))
     if any(rung.harm for rung in out) and out[0].step.harm_limit is None:
         return out  # plans of more harm may well take less time
     for before, rung in zip(out, out[1:], strict=False):
@@ -105,10 +102,7 @@ def bare(plain: Rung, chosen: list[Rung], rungs: list[Rung]) -> list[Rung]:
     """Return the hull of plans without exact forms, less the chosen plans; none where no chosen plan has such forms."""
     if not any(has_forms(rung) for rung in chosen):
         return []
-    out: list[Rung] = []
-    for rung in _by_cost([rung for rung in rungs if not has_forms(rung)]):
-        if rung.predicted_peak_bytes < (out[-1] if out else plain).predicted_peak_bytes:
-            out.append(rung)
+    out = _falling(plain, _by_cost([rung for rung in rungs if not has_forms(rung)]))
     return [rung for rung in out if not any(rung is other for other in chosen)]
 
 
@@ -119,8 +113,13 @@ def has_forms(rung: Rung) -> bool:
 
 def by_seconds(plain: Rung, rungs: list[Rung]) -> list[Rung]:
     """Return the hull of peak and seconds alone, whatever harm is done; no seconds are changed."""
+    return _falling(plain, sorted(rungs, key=lambda rung: (rung.seconds, rung.predicted_peak_bytes)))
+
+
+def _falling(plain: Rung, rungs: list[Rung]) -> list[Rung]:
+    """Return the plans whose peak is below the plain step's and below that of all plans before them."""
     out: list[Rung] = []
-    for rung in sorted(rungs, key=lambda rung: (rung.seconds, rung.predicted_peak_bytes)):
+    for rung in rungs:
         if rung.predicted_peak_bytes < (out[-1] if out else plain).predicted_peak_bytes:
             out.append(rung)
     return out
