@@ -2,8 +2,9 @@
 
 In: flags; reference steps as shapes. Out: for each step a row as written and one in which nothing is repeated and
 whatever has a smaller exact form is kept in it (an otherwise equal plan), then pairs of rows at the same budgets, by
-`Remat` and `Kernels` without and with `Lossless` (the default passes): residual bytes (what is read again later, of all
-places), temporaries compiled ahead of time for the target, and whether the tiny form gives bitwise the same on the CPU,
+`Remat` and `Kernels` without and with `Lossless` (the default passes), each the plan that a call with that budget runs
+(plans that compile to more are left for others; "unverified" where none is left): residual bytes (what is read again
+later, of all places), temporaries compiled ahead of time for the target, and whether the tiny form gives bitwise the same on the CPU,
 run operation by operation.
 A table, a CSV file and a picture; exit code 1 where a row with `Lossless` compiles to more than its partner.
 
@@ -27,6 +28,7 @@ COLUMNS = (
     _report.Column("predicted_peak_bytes", "predicted peak", "bytes"),
     _report.Column("peak_bytes", "compiled peak", "bytes"),
     _report.Column("temp_bytes", "temporaries", "bytes"),
+    _report.Column("settled", "within budget"),
     _report.Column("fell", "less by", "percent"),
     _report.Column("planning_seconds", "planning", "seconds"),
     _report.Column("difference", "tiny, on CPU"),
@@ -70,15 +72,22 @@ def kept_bytes(decision: Any) -> int:
 
 
 def planned_row(built: tuple, passes: Sequence[Any], budget: float | str, target: str, compiles: bool) -> dict:
-    """Plan, and compile, within a budget; "least" is the smallest predicted peak."""
+    """Plan, and compile, within a budget; "least" is the plan of the smallest predicted peak, whatever it compiles to."""
     import memopt
 
     step, args, options = built
-    common = dict(target=target, passes=list(passes), verify=False, **options)
+    common = dict(target=target, passes=list(passes), **options)
+    settled = compiles and budget != "least"
     if budget == "least":
-        points = memopt.optimize(step, budget="100%", **common).frontier(*args)
+        points = memopt.optimize(step, budget="100%", verify=False, **common).frontier(*args)
         budget = min(point.peak_bytes for point in points)
-    planned = memopt.optimize(step, budget=int(budget), **common)
+    planned = memopt.optimize(step, budget=int(budget), verify=settled, **common)
+    figures: dict[str, Any] = {}
+    try:
+        figures = _figures(planned.measure(*args)) if compiles else {}
+    except memopt.BudgetError:
+        settled, planned = False, memopt.optimize(step, budget=int(budget), verify=False, **common)
+        figures = _figures(planned.measure(*args))
     plan = planned.plan(*args)
     forms = sorted({d.choice for d in plan.decisions} - {"keep", "recompute"})
     row = {
@@ -87,8 +96,9 @@ def planned_row(built: tuple, passes: Sequence[Any], budget: float | str, target
         "recompute_flops": plan.recompute_flops,
         "predicted_peak_bytes": plan.predicted_peak_bytes,
         "planning_seconds": plan.planning_seconds,
+        "settled": "yes" if settled else "unverified" if compiles else "",
     }
-    return row | (_figures(planned.measure(*args)) if compiles else {})
+    return row | figures
 
 
 def plain_row(built: tuple, target: str, compiles: bool) -> dict[str, Any]:

@@ -237,16 +237,21 @@ def _next_choice(program: Program, attempt: int) -> int:
 def _without_forms(program: Program) -> int | None:
     """Return the cheapest spare without exact forms that is predicted to fit, where those that were tried have some.
 
-    On the hull they are beaten by plans with forms, whose peaks are predicted less well. One is tried.
+    On the hull they are beaten by plans with forms, whose peaks are predicted less well. One is tried; those predicted
+    a little over the budget, which `_hopeful` may have tried before, do not count.
     """
     ladder, budget = program.ladder, program.budget_bytes
     spares = getattr(ladder, "spares", ())
-    bare = {len(ladder.rungs) + i for i, rung in enumerate(spares) if not _rungs.has_forms(rung)}
-    tried = {index for index in program.measured if bare and _rungs.has_forms(ladder.rung(index))}
-    if budget is None or not tried or not bare.isdisjoint(program.measured):
+    if budget is None or not any(_rungs.has_forms(ladder.rung(index)) for index in program.measured):
         return None
-    left = [i for i in bare if ladder.rung(i).predicted_peak_bytes <= budget]
-    return min(left, key=lambda i: ladder.rung(i).recompute_flops, default=None)
+    fitting = [
+        len(ladder.rungs) + i
+        for i, rung in enumerate(spares)
+        if not _rungs.has_forms(rung) and rung.predicted_peak_bytes <= budget
+    ]
+    if not program.measured.keys().isdisjoint(fitting):
+        return None
+    return min(fitting, key=lambda i: ladder.rung(i).recompute_flops, default=None)
 
 
 def _expected(program: Program, of: int = 1) -> dict[int, int]:

@@ -185,6 +185,14 @@ def test_a_plan_without_exact_forms_is_tried_where_those_with_them_miss(use, has
             step(W, X)
 
 
+def test_a_plan_a_little_over_that_misses_does_not_count_as_the_one_without_forms(use):
+    spares = ((shuffled(1), int(1.01 * SMALL_BYTES), 5.0), (SMALL_STEP, SMALL_BYTES, 9.0))
+    use((None, 3 * PLAIN_BYTES), (shuffled(0), int(0.9 * SMALL_BYTES), 1.0, None, True), spares=spares)
+    step = optimize(STEP, budget=SMALL_BYTES)
+    step(W, X)
+    assert program_of(step).measured == {1: PLAIN_BYTES, 2: PLAIN_BYTES, 3: SMALL_BYTES}
+
+
 def test_a_spare_that_misses_leaves_the_rungs(use):
     spares = ((shuffled(0), 2 * PLAIN_BYTES, 0.5, SMALL_BYTES // 2),)
     use((None, 3 * PLAIN_BYTES), (SMALL_STEP, SMALL_BYTES, 1.0), spares=spares)
