@@ -77,7 +77,7 @@ def planned_row(built: tuple, passes: Sequence[Any], budget: float | str, target
 
     step, args, options = built
     common = dict(target=target, passes=list(passes), **options)
-    settled = compiles and budget != "least"
+    asked = settled = compiles and budget != "least"
     if budget == "least":
         points = memopt.optimize(step, budget="100%", verify=False, **common).frontier(*args)
         budget = min(point.peak_bytes for point in points)
@@ -96,7 +96,7 @@ def planned_row(built: tuple, passes: Sequence[Any], budget: float | str, target
         "recompute_flops": plan.recompute_flops,
         "predicted_peak_bytes": plan.predicted_peak_bytes,
         "planning_seconds": plan.planning_seconds,
-        "settled": "yes" if settled else "unverified" if compiles else "",
+        "settled": ("yes" if settled else "unverified") if asked else "",
     }
     return row | figures
 
