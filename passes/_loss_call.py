@@ -23,7 +23,11 @@ from memopt.passes._match_loss import Loss
 
 @dataclasses.dataclass
 class Call:
-    """A replacement: the form of the kernel and its settings."""
+    """A replacement: the form of the kernel and its settings.
+
+    `divided`: XLA partitions the step. Tokens then keep the dimensions that they have, because devices may split more
+    than one of them.
+    """
 
     keeps_result: ClassVar[bool] = True  # whether the backward function takes the results of the forward one
 
@@ -31,6 +35,7 @@ class Call:
     form: api.Form
     spec: Spec
     note: str
+    divided: bool = False
 
     @property
     def operands(self) -> list[int]:
@@ -48,8 +53,10 @@ class Call:
     def backward(self, *arrays: jax.Array) -> list[jax.Array]:
         """Return the gradients that the plain step has, from operands, log-sum-exp and cotangent."""
         *operands, _, lse, cotangent = arrays
-        cotangent = cotangent.reshape(-1).astype(lse.dtype) * jnp.asarray(self.found.cotangent_sign, lse.dtype)
-        cotangent = jnp.broadcast_to(cotangent, lse.shape)
+        cotangent = cotangent.astype(lse.dtype) * jnp.asarray(self.found.cotangent_sign, lse.dtype)
+        cotangent = (
+            cotangent.reshape(lse.shape) if cotangent.size > 1 else jnp.broadcast_to(cotangent.reshape(()), lse.shape)
+        )
         dhidden, dweight = api.backward(self.form, self.spec, *self._arguments(operands), lse, cotangent)
         return [self._plain(name, node, {"hidden": dhidden, "weight": dweight}[name]) for name, node in self._grads()]
 
@@ -58,10 +65,10 @@ class Call:
 
     def _arguments(self, arrays):
         hidden, weight, labels = arrays
-        tokens = labels.size
-        dim = hidden.size // tokens
+        tokens = [a.size for a in self.found.tokens] if self.divided else [labels.size]
+        dim = hidden.size // labels.size
         shape = (dim, -1) if self.spec.vocab_axis else (-1, dim)
-        return hidden.reshape(tokens, dim), weight.reshape(shape), labels.reshape(tokens).astype(jnp.int32)
+        return hidden.reshape(*tokens, dim), weight.reshape(shape), labels.reshape(tokens).astype(jnp.int32)
 
     def _plain(self, name: str, node: Any, x: jax.Array) -> jax.Array:
         found, aval = self.found, node.eqn.outvars[0].aval
@@ -75,8 +82,14 @@ class Call:
         return x.reshape(aval.shape).astype(aval.dtype)
 
 
-def make(space: Space, found: Loss, platform: str, parts: int = 1) -> Call:
-    """Choose settings and form for what was found; arguments as in `_attention_call.make`.
+def make(space: Space, found: Loss, platform: str, parts: tuple[int, int] | None = None) -> Call:
+    """Choose settings and form for what was found.
+
+    Args:
+        space: where it was found.
+        found: the loss.
+        platform: "tpu", or anything else for pure JAX.
+        parts: into how many parts tokens and features are split in a step that XLA partitions; None in another one.
 
     Raises:
         NotImplementedError: the weight's axes are interleaved.
@@ -88,10 +101,8 @@ def make(space: Space, found: Loss, platform: str, parts: int = 1) -> Call:
     if hidden != [id(a) for a in (*found.tokens, *found.width)] or sorted(weight) != sorted(order):
         raise NotImplementedError("the axes of hidden states or weight are in an order that is not served")
     call = Call(found, api.Form(name="lean"), Spec(vocab_axis=vocab_axis), "pure JAX")
-    if parts > 1:
-        tokens, vocab = (math.prod(a.size for a in axis) for axis in (found.tokens, found.vocab))
-        chunk = chunk_size(max(1, tokens // parts), vocab)
-        return dataclasses.replace(call, form=api.Form(name="lean", blocks=(0, chunk)))
+    if parts is not None:
+        return _divided(call, *parts)
     if platform != "tpu":
         return call
     avals = [jax.ShapeDtypeStruct(space.avals[v].shape, space.avals[v].dtype) for v in call.operands]
@@ -99,3 +110,17 @@ def make(space: Space, found: Loss, platform: str, parts: int = 1) -> Call:
     why = api.problem(api.Form(name="tpu"), call.spec, *shapes)
     form = api.Form(name="tpu" if why is None else "lean")
     return dataclasses.replace(call, form=form, note="tpu kernel" if why is None else f"pure JAX: {why}")
+
+
+def _divided(call: Call, token_parts: int, feature_parts: int) -> Call:
+    """Return a call for a step that XLA partitions: a slice of the vocabulary has its share of each device's part."""
+    tokens, vocab = (math.prod(a.size for a in axis) for axis in (call.found.tokens, call.found.vocab))
+    parts, note = feature_parts, f"pure JAX, in slices of {feature_parts} parts of the vocabulary"
+    if vocab % feature_parts:
+        parts = 1
+        note = (
+            f"pure JAX: a vocabulary of {vocab} does not divide over {feature_parts} devices, each slice is one of all"
+        )
+    chunk = chunk_size(max(1, tokens // token_parts), vocab // parts)
+    form = api.Form(name="lean", blocks=(0, chunk), parts=parts)
+    return dataclasses.replace(call, form=form, note=note if feature_parts > 1 else call.note, divided=True)

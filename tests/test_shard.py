@@ -29,7 +29,7 @@ def test_roles_of_a_plain_step():
     assert {kind for path, kind in kinds.items() if path.startswith("[0][0]")} == {"parameter"}
     assert {kind for path, kind in kinds.items() if path.startswith("[0][1]")} == {"moment"}
     assert {kind for path, kind in kinds.items() if path.startswith("[1]")} == {"batch"}
-    inside = [v for v, (_, taken) in roles.gradients.items() if taken == 1]
+    inside = [v for v, (_, dims) in roles.gradients.items() if dims == (1, 2)]
     assert sorted(v.aval.shape for v in inside) == [(WIDTH, HIDDEN), (HIDDEN, WIDTH)]
     assert len({roles.gradients[v][0] for v in inside}) == 2
 
