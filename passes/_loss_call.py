@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -82,14 +83,35 @@ class Call:
         return x.reshape(aval.shape).astype(aval.dtype)
 
 
-def make(space: Space, found: Loss, platform: str, parts: tuple[int, int] | None = None) -> Call:
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Into how many parts values are split in a step that XLA partitions.
+
+    Attributes:
+        tokens: parts of the tokens, 1 where it is not known.
+        features: parts of features, the vocabulary among them, 1 where it is not known.
+        given: shape of an argument that comes sharded -> parts of each of its dimensions.
+    """
+
+    tokens: int
+    features: int = 1
+    given: Mapping[tuple[int, ...], tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    def of_vocabulary(self, weight: tuple[int, ...], axis: int) -> int:
+        """Return into how many parts the vocabulary of a weight is split, which lies along an axis."""
+        if self.features > 1 or weight not in self.given or len(weight) != 2:
+            return self.features
+        return self.given[weight][axis]
+
+
+def make(space: Space, found: Loss, platform: str, parts: Parts | None = None) -> Call:
     """Choose settings and form for what was found.
 
     Args:
         space: where it was found.
         found: the loss.
         platform: "tpu", or anything else for pure JAX.
-        parts: into how many parts tokens and features are split in a step that XLA partitions; None in another one.
+        parts: into how many parts values are split in a step that XLA partitions; None in another one.
 
     Raises:
         NotImplementedError: the weight's axes are interleaved.
@@ -102,7 +124,8 @@ def make(space: Space, found: Loss, platform: str, parts: tuple[int, int] | None
         raise NotImplementedError("the axes of hidden states or weight are in an order that is not served")
     call = Call(found, api.Form(name="lean"), Spec(vocab_axis=vocab_axis), "pure JAX")
     if parts is not None:
-        return _divided(call, *parts)
+        ways = parts.of_vocabulary(space.avals[found.weight].shape, vocab_axis)
+        return _divided(call, parts.tokens, ways)
     if platform != "tpu":
         return call
     avals = [jax.ShapeDtypeStruct(space.avals[v].shape, space.avals[v].dtype) for v in call.operands]

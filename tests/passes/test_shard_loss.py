@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import memopt
 from memopt import _compat as c
@@ -113,6 +115,19 @@ def test_a_slice_of_the_head_is_all_that_is_brought_together_at_a_time(strategy)
 
 
 @pytest.mark.loose_promotion
+@pytest.mark.parametrize("rows", [None, "data"])
+def test_a_head_that_comes_sharded_is_sliced_within_its_parts(rows):
+    step, args = make_step()
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
+    places = {"head": P(rows, "model"), "first": P()}, {"hidden": P("data"), "labels": P("data")}
+    placed = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), args, places)
+    planned = memopt.optimize(step, passes=[Losses()], verify=False)
+    found = memopt.collectives(planned.lower(*placed).compile())
+    assert max((one.whole_bytes for one in found if one.kind == "all-gather"), default=0) <= 4 * CHUNK * WIDTH
+    np.testing.assert_allclose(planned(*placed)[1], jax.jit(step)(*args)[1], rtol=1e-6)
+
+
+@pytest.mark.loose_promotion
 def test_a_vocabulary_that_does_not_divide_is_said():
     step, args = make_step(words=1041)
     planned = sharded(step, "zero3+tensor+sequence")
@@ -124,7 +139,7 @@ def test_a_vocabulary_that_does_not_divide_is_said():
 def test_features_are_split_along_the_vocabulary():
     step, args = make_step()
     placed = sharded(step, "zero3+tensor+sequence").shardings(*args)[0][0]["head"]
-    assert placed.spec == jax.sharding.PartitionSpec("data", "model")
+    assert placed.spec == P("data", "model")
 
 
 def test_each_choice_of_a_search_has_its_own_parts():
