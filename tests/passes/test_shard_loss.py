@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import memopt
 from memopt import _compat as c
 from memopt._searching import context_for
+from memopt.models.steps import concrete, reference_step
 from memopt.passes import Kernels, Shard, _loss_call
 from memopt.passes.kernels import Kernels as Pass
 from tests.shard_steps import mesh_of
@@ -94,6 +95,20 @@ def test_the_loss_of_a_sharded_step_equals_that_of_one_device(strategy, tied):
     parts = PARTS.get(strategy)
     assert ("in slices of" in loss_row(planned, args).reason) is (parts is not None)
     assert parts is None or f"of {parts} parts" in loss_row(planned, args).reason
+
+
+@pytest.mark.loose_promotion
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("llama_1b", marks=pytest.mark.slow)])
+def test_the_loss_of_a_zoo_model_equals_that_of_one_device(name):
+    step, args, _ = reference_step(name, tiny=True, batch=16)
+    args = concrete(args)
+    planned = sharded(step, "zero3+tensor+sequence")
+    assert "in slices of 2 parts" in loss_row(planned, args).reason
+    ours, loss = planned(*args)
+    theirs, expected = jax.jit(step)(*args)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for one, two in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(one, two, rtol=2e-3, atol=2e-5)
 
 
 @pytest.mark.loose_promotion
