@@ -66,6 +66,8 @@ def _activations(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
                 _hold(eqn.outvars[0], roles, rules, found)
             elif eqn.primitive.name == "scan":
                 _join(eqn, roles, rules, found)
+            elif eqn.primitive.name == "gather":
+                _pick(eqn, roles, rules, found)
     for first in flow.carried.values():
         _hold(first, roles, rules, found)
 
@@ -91,6 +93,20 @@ def _join(eqn: Any, roles: Roles, rules: Rules, found: Places) -> None:
                 spec = tuple(tuple(a for a in one if a not in axes) for one in rules.value(inner))
                 found.used[id(eqn), position] = (spec,)
                 found.joined[id(eqn), position] = axes
+
+
+def _pick(eqn: Any, roles: Roles, rules: Rules, found: Places) -> None:
+    """Pick one feature of each row where the features are split: whole rows of indices meet parts of all features.
+
+    Else XLA splits what is picked from along the sequence first, such as logits.
+    """
+    source, indices = eqn.invars[:2]
+    if not is_var(source) or source not in roles.data or not is_var(indices):
+        return
+    gone = eqn.params["dimension_numbers"].collapsed_slice_dims
+    axes = {a for d in gone for a in rules.value(source)[d]}
+    if axes & _split(indices, rules, sequence=True):
+        found.used[id(eqn), 1] = (tuple(tuple(a for a in one if a not in axes) for one in rules.value(indices)),)
 
 
 def clashes(eqn: Any, rules: Rules) -> Iterator[tuple[Any, str]]:

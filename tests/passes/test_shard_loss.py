@@ -130,6 +130,16 @@ def test_a_slice_of_the_head_is_all_that_is_brought_together_at_a_time(strategy)
 
 
 @pytest.mark.loose_promotion
+@pytest.mark.parametrize("strategy", ["zero3+tensor", "zero3+tensor+sequence"])
+def test_no_logit_is_sent_without_kernels_either(strategy):
+    step, args = make_step()
+    planned = memopt.optimize(step, passes=[Shard(mesh_of(strategy), strategy, least_elements=64)], verify=False)
+    found = memopt.collectives(planned.lower(*args).compile())
+    assert max(one.whole_bytes for one in found) <= HEAD_BYTES // 2  # of the logits one device has twice as much
+    assert_equal_steps(planned, step, args)
+
+
+@pytest.mark.loose_promotion
 @pytest.mark.parametrize("rows", [None, "data"])
 def test_a_head_that_comes_sharded_is_sliced_within_its_parts(rows):
     step, args = make_step()
