@@ -152,7 +152,7 @@ def _scatter(flow: Flow, var: Any, spec: Spec, rules: Rules, found: Places) -> N
         return
     numbers, updates = eqn.params["dimension_numbers"], eqn.invars[2]
     kept = [d for d in range(len(spec)) if d not in numbers.inserted_window_dims]
-    if len(kept) != len(numbers.update_window_dims) or any(spec[d] for d in numbers.inserted_window_dims):
+    if len(kept) != len(numbers.update_window_dims):
         return
     rows: list[tuple[str, ...]] = [()] * len(shape_of(updates))
     for dim, source in zip(numbers.update_window_dims, kept, strict=True):
@@ -192,10 +192,12 @@ def _look_up(eqn: Any, stored: Spec, at_use: Spec, rules: Rules, found: Places) 
     offsets = getattr(numbers, "offset_dims", ())
     gone = {*getattr(numbers, "collapsed_slice_dims", ()), *getattr(numbers, "operand_batching_dims", ())}
     kept = [d for d in range(len(stored)) if d not in gone]
-    if len(kept) != len(offsets) or not any(stored[d] for d in kept) or any(stored[d] for d in gone):
+    words = {a for d in gone for a in stored[d]}
+    if len(kept) != len(offsets) or not any(stored[d] for d in kept):
         found.used[id(eqn), 0] = (at_use,)
         return
-    rows: list[tuple[str, ...]] = [()] * len(shape_of(out))
+    # What devices with other words add up may be left split along the sequence.
+    rows = [axes if axes and words.issuperset(axes) else () for axes in rules.value(out)]
     for dim, source in zip(offsets, kept, strict=True):
         rows[dim] = stored[source]
     found.used[id(eqn), 1] = (((),) * len(shape_of(eqn.invars[1])),)

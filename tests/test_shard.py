@@ -133,10 +133,10 @@ BETWEEN = {
     "tensor": {("all-reduce", 8): (2 * LAYERS + 2) * ROWS},
     # The same sums on a quarter of the rows, scattered along the sequence and gathered again: no all-reduce is left.
     "zero3+tensor+sequence": {
-        ("reduce-scatter", 2): (2 * LAYERS + 1) * ROWS // 4 + ROWS // 8,
+        ("reduce-scatter", 2): (2 * LAYERS + 2) * ROWS // 4,  # looked-up rows have a quarter of their features
         ("all-reduce", 2): 0,
         ("reduce-scatter", 4): BLOCKS // 2 + HEAD // 2,
-        ("all-gather", 4): BLOCKS // 2 + 2 * (HEAD // 2),  # the table of words is as large as the head
+        ("all-gather", 4): BLOCKS // 2 + HEAD // 2,  # the table of words stays where it is
     },
 }
 
