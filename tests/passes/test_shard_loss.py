@@ -129,6 +129,29 @@ def test_a_slice_of_the_head_is_all_that_is_brought_together_at_a_time(strategy)
     assert sums <= HEAD_BYTES + rows * WIDTH * 2 + 8 * rows
 
 
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("strategy, ways", [("zero3", 1), ("zero3+tensor+sequence", 2)])
+def test_on_tpus_too_a_slice_alone_is_brought_together(strategy, ways, monkeypatch):
+    """XLA:CPU takes a gather of the whole weight out of the loop; XLA:TPU runs it for each slice."""
+    monkeypatch.setattr(_loss_call, "chunk_size", lambda tokens, vocab: min(vocab, 512))
+    width, words = 256, 8192
+    step, (params, batch) = make_step()
+    shapes = {"head": (width, words), "first": (width, width), "hidden": (BATCH, 256, width), "labels": (BATCH, 256)}
+
+    def shaped(path, x):
+        return jax.ShapeDtypeStruct(shapes[path[-1].key], x.dtype)
+
+    args = jax.tree_util.tree_map_with_path(shaped, (params, batch))
+    shape, names = ((4,), ("data",)) if ways == 1 else ((2, 2), ("data", "model"))
+    mesh = memopt.mesh("tpu:v5e:2x2", shape, names)
+    passes = [Losses(), Shard(mesh, strategy, least_elements=64)]
+    planned = memopt.optimize(step, passes=passes, target="tpu:v5e:2x2", verify=False)
+    found = memopt.collectives(planned.lower(*args).compile())
+    slices = [one for one in found if one.kind == "all-gather" and one.times > 1]
+    assert {one.whole_bytes for one in slices} == {2 * 512 * width}  # matmuls of float32 take bfloat16
+    assert sum(one.times for one in slices) == 2 * words // ways // 512
+
+
 @pytest.mark.loose_promotion
 @pytest.mark.parametrize("strategy", ["zero3+tensor", "zero3+tensor+sequence"])
 def test_no_logit_is_sent_without_kernels_either(strategy):
