@@ -150,6 +150,7 @@ class Context:
       shardings: those of the arguments and results (`memopt._local.Shardings`), None where nothing is sharded.
       partitioned: 0 for a step of one device; else XLA will partition it, which it cannot do with a kernel, and this is
         the number of parts that its tokens are split into, 1 where it is not known.
+      feature_parts: into how many parts features, the vocabulary among them, are split where they divide.
     """
 
     target: Any
@@ -158,6 +159,7 @@ class Context:
     donated: tuple[bool, ...] = ()
     shardings: Any = None
     partitioned: int = 0
+    feature_parts: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

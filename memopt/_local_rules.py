@@ -116,9 +116,12 @@ def _while_ties(eqn: Any) -> list[tuple[Any, list[Factor]]]:
 
 
 def _elementwise(eqn: Any) -> Iterator[Factor]:
-    for out in eqn.outvars:
+    """All dimensions pass, but those of size one that an operand is repeated along."""
+    for out in filter(_is_var, eqn.outvars):
         shape = _shape(out)
-        yield from tie(out, *(v for v in eqn.invars if _shape(v) == shape))
+        operands = [v for v in eqn.invars if _is_var(v) and len(_shape(v)) == len(shape)]
+        for dim, size in enumerate(shape):
+            yield Factor(((out, dim), *((v, dim) for v in operands if _shape(v)[dim] == size)), EARLY)
 
 
 def _pairs(eqn: Any) -> Iterator[Factor]:
@@ -179,6 +182,19 @@ def _reshape(eqn: Any) -> Iterator[Factor]:
     """Tie the major dimensions of each smallest group of dimensions with one product."""
     operand, out = eqn.invars[0], eqn.outvars[0]
     a, b = _shape(operand), _shape(out)
+    for first, second in reshape_groups(a, b):
+        major = next((d for d in first if a[d] > 1), None), next((d for d in second if b[d] > 1), None)
+        if None not in major:
+            yield _factor((operand, major[0]), (out, major[1]), phase=EARLY)
+
+
+def reshape_groups(a: tuple[int, ...], b: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the smallest groups of dimensions of two shapes of one size that have one product, in order.
+
+    Example:
+      >>> list(reshape_groups((4, 6), (4, 2, 3)))
+      [([0], [0]), ([1], [1, 2])]
+    """
     i = k = 0
     while i < len(a) and k < len(b):
         first, second = [i], [k]
@@ -192,9 +208,7 @@ def _reshape(eqn: Any) -> Iterator[Factor]:
                 k += 1
             if i > len(a) or k > len(b):
                 return
-        major = next((d for d in first if a[d] > 1), None), next((d for d in second if b[d] > 1), None)
-        if None not in major:
-            yield _factor((operand, major[0]), (out, major[1]), phase=EARLY)
+        yield first, second
 
 
 def _squeeze(eqn: Any) -> Iterator[Factor]:

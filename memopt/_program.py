@@ -183,6 +183,7 @@ class Program:
             donated=self.donated,
             shardings=self.shardings if self.shardings.is_sharded else None,
             partitioned=_rewrite.partitions(self.settings.passes or ()) or int(self.shardings.is_sharded),
+            feature_parts=_rewrite.feature_parts(self.settings.passes or ()),
         )
 
     @property

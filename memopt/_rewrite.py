@@ -45,6 +45,11 @@ def partitions(passes: Iterable[Any]) -> int:
     return max((getattr(p, "partitions", 0) for p in passes), default=0)
 
 
+def feature_parts(passes: Iterable[Any]) -> int:
+    """Return into how many parts a pass has the features of the step split, 1 where none does."""
+    return max((getattr(p, "feature_parts", 1) for p in passes), default=1)
+
+
 def apply(
     closed: Any,
     passes: Sequence[Rewriter],

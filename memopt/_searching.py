@@ -44,7 +44,7 @@ def best_ladder(closed: Any, context: Any, passes: Sequence[Any], settings: Any,
     def plan(choice: Any, *, sketched: bool) -> Any:
         chosen = _with(passes, choice)
         its = context_for(chosen, context)
-        before = known.setdefault(getattr(its, "partitioned", 0), {})
+        before = known.setdefault((getattr(its, "partitioned", 0), getattr(its, "feature_parts", 1)), {})
         rewritten = dict(before)
         ladder = make(passes=chosen, context=its, rewritten=rewritten, sketched=sketched)
         before.update((ran, outcome) for ran, outcome in rewritten.items() if choice.name not in ran)
@@ -60,7 +60,9 @@ def best_ladder(closed: Any, context: Any, passes: Sequence[Any], settings: Any,
 def context_for(passes: Sequence[Any], context: Any) -> Any:
     """Return what passes may know of the step, with these passes in the list."""
     parts = _rewrite.partitions(passes)
-    return dataclasses.replace(context, partitioned=parts) if context is not None and parts else context
+    if context is None or not parts:
+        return context
+    return dataclasses.replace(context, partitioned=parts, feature_parts=_rewrite.feature_parts(passes))
 
 
 def following(ladder: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -23,7 +24,11 @@ from memopt.passes._match_loss import Loss
 
 @dataclasses.dataclass
 class Call:
-    """A replacement: the form of the kernel and its settings."""
+    """A replacement: the form of the kernel and its settings.
+
+    `divided`: XLA partitions the step. Tokens then keep the dimensions that they have, because devices may split more
+    than one of them.
+    """
 
     keeps_result: ClassVar[bool] = True  # whether the backward function takes the results of the forward one
 
@@ -31,6 +36,7 @@ class Call:
     form: api.Form
     spec: Spec
     note: str
+    divided: bool = False
 
     @property
     def operands(self) -> list[int]:
@@ -48,8 +54,10 @@ class Call:
     def backward(self, *arrays: jax.Array) -> list[jax.Array]:
         """Return the gradients that the plain step has, from operands, log-sum-exp and cotangent."""
         *operands, _, lse, cotangent = arrays
-        cotangent = cotangent.reshape(-1).astype(lse.dtype) * jnp.asarray(self.found.cotangent_sign, lse.dtype)
-        cotangent = jnp.broadcast_to(cotangent, lse.shape)
+        cotangent = cotangent.astype(lse.dtype) * jnp.asarray(self.found.cotangent_sign, lse.dtype)
+        cotangent = (
+            cotangent.reshape(lse.shape) if cotangent.size > 1 else jnp.broadcast_to(cotangent.reshape(()), lse.shape)
+        )
         dhidden, dweight = api.backward(self.form, self.spec, *self._arguments(operands), lse, cotangent)
         return [self._plain(name, node, {"hidden": dhidden, "weight": dweight}[name]) for name, node in self._grads()]
 
@@ -58,10 +66,10 @@ class Call:
 
     def _arguments(self, arrays):
         hidden, weight, labels = arrays
-        tokens = labels.size
-        dim = hidden.size // tokens
+        tokens = [a.size for a in self.found.tokens] if self.divided else [labels.size]
+        dim = hidden.size // labels.size
         shape = (dim, -1) if self.spec.vocab_axis else (-1, dim)
-        return hidden.reshape(tokens, dim), weight.reshape(shape), labels.reshape(tokens).astype(jnp.int32)
+        return hidden.reshape(*tokens, dim), weight.reshape(shape), labels.reshape(tokens).astype(jnp.int32)
 
     def _plain(self, name: str, node: Any, x: jax.Array) -> jax.Array:
         found, aval = self.found, node.eqn.outvars[0].aval
@@ -75,8 +83,35 @@ class Call:
         return x.reshape(aval.shape).astype(aval.dtype)
 
 
-def make(space: Space, found: Loss, platform: str, parts: int = 1) -> Call:
-    """Choose settings and form for what was found; arguments as in `_attention_call.make`.
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Into how many parts values are split in a step that XLA partitions.
+
+    Attributes:
+        tokens: parts of the tokens, 1 where it is not known.
+        features: parts of features, the vocabulary among them, 1 where it is not known.
+        given: shape of an argument that comes sharded -> parts of each of its dimensions.
+    """
+
+    tokens: int
+    features: int = 1
+    given: Mapping[tuple[int, ...], tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    def of_vocabulary(self, weight: tuple[int, ...], axis: int) -> int:
+        """Return into how many parts the vocabulary of a weight is split, which lies along an axis."""
+        if self.features > 1 or weight not in self.given or len(weight) != 2:
+            return self.features
+        return self.given[weight][axis]
+
+
+def make(space: Space, found: Loss, platform: str, parts: Parts | None = None) -> Call:
+    """Choose settings and form for what was found.
+
+    Args:
+        space: where it was found.
+        found: the loss.
+        platform: "tpu", or anything else for pure JAX.
+        parts: into how many parts values are split in a step that XLA partitions; None in another one.
 
     Raises:
         NotImplementedError: the weight's axes are interleaved.
@@ -88,10 +123,9 @@ def make(space: Space, found: Loss, platform: str, parts: int = 1) -> Call:
     if hidden != [id(a) for a in (*found.tokens, *found.width)] or sorted(weight) != sorted(order):
         raise NotImplementedError("the axes of hidden states or weight are in an order that is not served")
     call = Call(found, api.Form(name="lean"), Spec(vocab_axis=vocab_axis), "pure JAX")
-    if parts > 1:
-        tokens, vocab = (math.prod(a.size for a in axis) for axis in (found.tokens, found.vocab))
-        chunk = chunk_size(max(1, tokens // parts), vocab)
-        return dataclasses.replace(call, form=api.Form(name="lean", blocks=(0, chunk)))
+    if parts is not None:
+        ways = parts.of_vocabulary(space.avals[found.weight].shape, vocab_axis)
+        return _divided(call, parts.tokens, ways)
     if platform != "tpu":
         return call
     avals = [jax.ShapeDtypeStruct(space.avals[v].shape, space.avals[v].dtype) for v in call.operands]
@@ -99,3 +133,17 @@ def make(space: Space, found: Loss, platform: str, parts: int = 1) -> Call:
     why = api.problem(api.Form(name="tpu"), call.spec, *shapes)
     form = api.Form(name="tpu" if why is None else "lean")
     return dataclasses.replace(call, form=form, note="tpu kernel" if why is None else f"pure JAX: {why}")
+
+
+def _divided(call: Call, token_parts: int, feature_parts: int) -> Call:
+    """Return a call for a step that XLA partitions: a slice of the vocabulary has its share of each device's part."""
+    tokens, vocab = (math.prod(a.size for a in axis) for axis in (call.found.tokens, call.found.vocab))
+    parts, note = feature_parts, f"pure JAX, in slices of {feature_parts} parts of the vocabulary"
+    if vocab % feature_parts:
+        parts = 1
+        note = (
+            f"pure JAX: a vocabulary of {vocab} does not divide over {feature_parts} devices, each slice is one of all"
+        )
+    chunk = chunk_size(max(1, tokens // token_parts), vocab // parts)
+    form = api.Form(name="lean", blocks=(0, chunk), parts=parts)
+    return dataclasses.replace(call, form=form, note=note if feature_parts > 1 else call.note, divided=True)

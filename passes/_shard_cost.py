@@ -18,7 +18,7 @@ from memopt import _fusion
 from memopt._links import axis_bytes_per_second
 from memopt._target import Target
 from memopt.passes._shard_flow import Flow, is_var, shape_of
-from memopt.passes._shard_places import Places
+from memopt.passes._shard_places import Places, clashes
 from memopt.passes._shard_rules import Rules, Spec
 
 
@@ -51,13 +51,19 @@ def sent_by_kind(flow: Flow, rules: Rules, found: Places, target: Target) -> dic
 
 def _sent(flow: Flow, rules: Rules, found: Places) -> Iterator[tuple[str, tuple[str, ...], float]]:
     """Yield a kind of collective, the axes that a device sends along, and the bytes that it sends."""
+    once: set[tuple[Any, str]] = set()  # constants of loops that were brought together before them
     for body in flow.bodies:
         trips = flow.trips[id(body)]
-        joined: set[tuple[Any, str]] = set()  # operands of this body that were brought together along an axis
+        joined = set(once)  # operands of this body that were brought together along an axis
         for eqn in body.eqns:
             for position, atom in enumerate(eqn.invars):
                 specs = found.used.get((id(eqn), position))
-                if specs is not None and is_var(atom):
+                if (id(eqn), position) in found.joined:
+                    axes = found.joined[id(eqn), position]
+                    yield "all-gather", axes, _local(atom, specs[-1], rules) * _share(axes, rules) * trips
+                    links = flow.inner[id(eqn)][0]
+                    once |= {(link.inner, axis) for link in links if link.outer is atom for axis in axes}
+                elif specs is not None and is_var(atom):
                     yield from _gathered(atom, specs[-1], rules, trips)
             if eqn.primitive.name in _fusion.MATMULS:
                 yield from _summed(eqn, rules, found, trips)
@@ -108,7 +114,7 @@ def _summed(eqn: Any, rules: Rules, found: Places, trips: int) -> Iterator[tuple
     for v in filter(is_var, eqn.invars):
         pairs = zip(rules.groups.all_of(v), rules.value(v), strict=True)
         summed |= {axis for group, axes in pairs if group not in own for axis in axes}
-    summed -= {axis for _, axis in _clashes(eqn, rules)}
+    summed -= {axis for _, axis in clashes(eqn, rules)}
     spec = tuple(tuple(a for a in axes if a not in summed) for axes in rules.value(out))
     for axis in sorted(summed):
         scattered = axis in stored or (axis in rules.layout.gradients and _is_gradient(out, rules))
@@ -123,24 +129,11 @@ def _joined(
 
     Between the parts of `"tensor"` this is the sequence: of what goes into columns, and of cotangents of rows.
     """
-    for var, axis in _clashes(eqn, rules):
+    for var, axis in clashes(eqn, rules):
         if (var, axis) not in joined:
             joined.add((var, axis))
             spec = tuple(tuple(a for a in axes if a != axis) for axes in rules.value(var))
             yield "all-gather", (axis,), _local(var, spec, rules) * _share((axis,), rules) * trips
-
-
-def _clashes(eqn: Any, rules: Rules) -> Iterator[tuple[Any, str]]:
-    """Yield the operands of a matmul whose sequence an axis splits that splits features of the same matmul."""
-
-    def split(var: Any, *, sequence: bool) -> set[str]:
-        pairs = zip(rules.groups.all_of(var), rules.value(var), strict=True)
-        return {axis for group, axes in pairs if (group in rules.sequence_groups) is sequence for axis in axes}
-
-    operands = [v for v in eqn.invars if is_var(v)]
-    features = set().union(*(split(v, sequence=False) for v in (*operands, eqn.outvars[0])))
-    for var in operands:
-        yield from ((var, axis) for axis in sorted(split(var, sequence=True) & features))
 
 
 def _is_gradient(out: Any, rules: Rules) -> bool:

@@ -43,6 +43,23 @@ class Link(NamedTuple):
     sliced: bool
 
 
+def reshaped(before: tuple[int, ...], after: tuple[int, ...], dims: tuple) -> tuple:
+    """Return what `dims` says of each dimension of a shape, for the same values in another shape.
+
+    The major one of dimensions that a reshape joins or cuts keeps what is said of it; of the others nothing is known.
+
+    Example:
+      >>> reshaped((8, 24), (8, 2, 12), ("width", "words"))
+      ('width', 'words', None)
+    """
+    found = [None] * len(after)
+    for first, second in _local_rules.reshape_groups(before, after):
+        major = next((d for d in first if before[d] > 1), None), next((d for d in second if after[d] > 1), None)
+        if None not in major:
+            found[major[1]] = dims[major[0]]
+    return tuple(found)
+
+
 def is_var(atom: Any) -> bool:
     """Say whether an atom is a variable that something may read."""
     return not isinstance(atom, (c.Literal, c.DropVar))

@@ -10,7 +10,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from memopt import _compat as c
 from memopt import _fusion
+from memopt.passes import _shard_uses
 from memopt.passes._shard_flow import Flow, is_float, is_var, shape_of
 from memopt.passes._shard_roles import BATCH, MOMENT, PARAMETER, Roles
 from memopt.passes._shard_rules import Rules, Spec
@@ -30,6 +32,7 @@ class Places:
       inputs: spec of each input.
       outputs: spec of each output; None leaves it to XLA.
       gathered: bytes of weights brought together next to their uses, once for each gather in the step as written.
+      joined: (id of a loop, operand) -> the axes along which this operand's sequence is brought together before it.
     """
 
     made: dict[Any, tuple[Spec, ...]] = dataclasses.field(default_factory=dict)
@@ -38,6 +41,7 @@ class Places:
     inputs: list[Spec] = dataclasses.field(default_factory=list)
     outputs: list[Spec | None] = dataclasses.field(default_factory=list)
     gathered: int = 0
+    joined: dict[tuple[int, int], tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 def places(flow: Flow, roles: Roles, rules: Rules) -> Places:
@@ -58,10 +62,65 @@ def _activations(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
     """Hold matmul results and what loops carry to the split of their groups."""
     for body in flow.bodies:
         for eqn in body.eqns:
-            if eqn.primitive.name in _fusion.MATMULS:
+            if eqn.primitive.name in _fusion.MATMULS or _sums_parts(eqn, rules):
                 _hold(eqn.outvars[0], roles, rules, found)
+            elif eqn.primitive.name == "scan":
+                _join(eqn, roles, rules, found)
+            elif eqn.primitive.name == "gather":
+                _pick(eqn, roles, rules, found)
     for first in flow.carried.values():
         _hold(first, roles, rules, found)
+
+
+def _sums_parts(eqn: Any, rules: Rules) -> bool:
+    """Say whether an equation adds up rows of features over a dimension that devices split."""
+    if eqn.primitive.name != "reduce_sum" or not is_var(eqn.invars[0]):
+        return False
+    outer = rules.batch_groups | rules.sequence_groups
+    gone = {rules.groups.of(eqn.invars[0], d) for d in eqn.params["axes"]}
+    return any(g in rules.tensor for g in gone) and any(g not in outer for g in rules.groups.all_of(eqn.outvars[0]))
+
+
+def _join(eqn: Any, roles: Roles, rules: Rules, found: Places) -> None:
+    """Bring together before a loop what its matmuls read whole along the sequence in every trip."""
+    body = c.open_jaxpr(eqn.params["jaxpr"])
+    clashing = {axis for one in body.eqns if one.primitive.name in _fusion.MATMULS for _, axis in clashes(one, rules)}
+    num_consts, _ = c.scan_layout(eqn)
+    for position, (outer, inner) in enumerate(zip(eqn.invars[:num_consts], body.invars, strict=False)):
+        if is_var(outer) and outer in roles.data:
+            axes = tuple(sorted(_split(inner, rules, sequence=True) & clashing))
+            if axes:
+                spec = tuple(tuple(a for a in one if a not in axes) for one in rules.value(inner))
+                found.used[id(eqn), position] = (spec,)
+                found.joined[id(eqn), position] = axes
+
+
+def _pick(eqn: Any, roles: Roles, rules: Rules, found: Places) -> None:
+    """Pick one feature of each row where the features are split: whole rows of indices meet parts of all features.
+
+    Else XLA splits what is picked from along the sequence first, such as logits.
+    """
+    source, indices = eqn.invars[:2]
+    if not is_var(source) or source not in roles.data or not is_var(indices):
+        return
+    gone = eqn.params["dimension_numbers"].collapsed_slice_dims
+    axes = {a for d in gone for a in rules.value(source)[d]}
+    if axes & _split(indices, rules, sequence=True):
+        found.used[id(eqn), 1] = (tuple(tuple(a for a in one if a not in axes) for one in rules.value(indices)),)
+
+
+def clashes(eqn: Any, rules: Rules) -> Iterator[tuple[Any, str]]:
+    """Yield the operands of a matmul whose sequence an axis splits that splits features of the same matmul."""
+    operands = [v for v in eqn.invars if is_var(v)]
+    features = set().union(*(_split(v, rules, sequence=False) for v in (*operands, eqn.outvars[0])))
+    for var in operands:
+        yield from ((var, axis) for axis in sorted(_split(var, rules, sequence=True) & features))
+
+
+def _split(var: Any, rules: Rules, *, sequence: bool) -> set[str]:
+    """Return the axes that split a value's sequence, or those that split its other dimensions."""
+    pairs = zip(rules.groups.all_of(var), rules.value(var), strict=True)
+    return {axis for group, axes in pairs if (group in rules.sequence_groups) is sequence for axis in axes}
 
 
 def _hold(var: Any, roles: Roles, rules: Rules, found: Places) -> None:
@@ -74,11 +133,16 @@ def _hold(var: Any, roles: Roles, rules: Rules, found: Places) -> None:
 
 def _gradients(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
     """Bring each gradient to the form in which it is kept, where it is made: inside loops too."""
-    for var, (leaf, taken) in roles.gradients.items():
-        spec = rules.stored(flow.jaxpr.invars[leaf], rules.layout.gradients)[taken:]
-        if len(spec) == len(shape_of(var)):
+    for var, (leaf, dims) in roles.gradients.items():
+        stored = rules.stored(flow.jaxpr.invars[leaf], rules.layout.gradients)
+        spec = tuple(() if d is None else stored[d] for d in dims)
+        if len(spec) == len(shape_of(var)) and _divides(spec, var, rules):
             found.made[var] = (spec,)
             _scatter(flow, var, spec, rules, found)
+
+
+def _divides(spec: Spec, var: Any, rules: Rules) -> bool:
+    return all(size % rules.count(axes) == 0 for size, axes in zip(shape_of(var), spec, strict=True))
 
 
 def _scatter(flow: Flow, var: Any, spec: Spec, rules: Rules, found: Places) -> None:
@@ -88,7 +152,7 @@ def _scatter(flow: Flow, var: Any, spec: Spec, rules: Rules, found: Places) -> N
         return
     numbers, updates = eqn.params["dimension_numbers"], eqn.invars[2]
     kept = [d for d in range(len(spec)) if d not in numbers.inserted_window_dims]
-    if len(kept) != len(numbers.update_window_dims) or any(spec[d] for d in numbers.inserted_window_dims):
+    if len(kept) != len(numbers.update_window_dims):
         return
     rows: list[tuple[str, ...]] = [()] * len(shape_of(updates))
     for dim, source in zip(numbers.update_window_dims, kept, strict=True):
@@ -104,59 +168,16 @@ def _weights(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
         if roles.kinds[i] != PARAMETER or found.inputs[i] == rules.features(var):
             continue
         stored, needed = found.inputs[i], rules.features(var)
-        for eqn, position, dims in _uses(flow, roles, var, stored):
+        uses, slices = _shard_uses.uses(flow, roles, rules, var, stored)
+        for part, dims in slices:  # held as they are stored, or XLA brings all that they are cut from together for each
+            found.made[part] = (tuple(() if d is None else stored[d] for d in dims),)
+        for eqn, position, dims in uses:
             at_use = tuple(needed[d] if d is not None else () for d in dims)
             if eqn.primitive.name in _LOOKUPS and position == 0:
                 _look_up(eqn, tuple(stored[d] if d is not None else () for d in dims), at_use, rules, found)
                 continue
             found.used[id(eqn), position] = (at_use,)
             found.gathered += eqn.invars[position].aval.size * eqn.invars[position].aval.dtype.itemsize
-
-
-def _uses(flow: Flow, roles: Roles, leaf: Any, stored: Spec) -> Iterator[tuple[Any, int, tuple[int | None, ...]]]:
-    """Yield the reads of a parameter where it meets data: equation, operand, its dimensions in the leaf."""
-    todo = [(leaf, tuple(range(len(shape_of(leaf)))))]
-    seen = {leaf}
-    while todo:
-        var, dims = todo.pop()
-        for eqn, position, _ in flow.readers.get(var, ()):
-            if id(eqn) in flow.inner:
-                links = [x for x in flow.inner[id(eqn)][0] if x.outer is var]
-                after = [(x.inner, dims[1:] if x.sliced else dims) for x in links]
-            elif any(v in roles.update for v in eqn.outvars):
-                continue
-            else:
-                after = _views(eqn, position, dims, roles, stored)
-                if after is None:
-                    yield eqn, position, dims
-                    continue
-            for out, moved in after:
-                if out not in seen:
-                    seen.add(out)
-                    todo.append((out, moved))
-        for link in flow.outer_of.get(var, ()):
-            if link.outer not in seen:
-                seen.add(link.outer)
-                todo.append((link.outer, (None, *dims) if link.sliced else dims))
-
-
-def _views(eqn: Any, position: int, dims: tuple, roles: Roles, stored: Spec) -> list[tuple[Any, tuple]] | None:
-    """Return what an equation makes of a weight alone, with its dimensions; None where the weight is used.
-
-    A slice along a dimension that is not split is such a thing: the slice alone is then gathered.
-    """
-    name, var, outs = eqn.primitive.name, eqn.invars[position], [v for v in eqn.outvars if is_var(v)]
-    if any(is_var(v) and v in roles.data for v in (*eqn.invars, *outs)) or name in _fusion.MATMULS:
-        return None
-    if name == "transpose":
-        return [(v, tuple(dims[d] for d in eqn.params["permutation"])) for v in outs]
-    if all(shape_of(v) == shape_of(var) for v in outs):
-        return [(v, dims) for v in outs]
-    if name == "dynamic_slice" and position == 0:
-        pairs = list(zip(dims, shape_of(var), shape_of(outs[0]), strict=True))
-        if all(before == after or dim is None or not stored[dim] for dim, before, after in pairs):
-            return [(outs[0], tuple(dim if before == after else None for dim, before, after in pairs))]
-    return None
 
 
 def _look_up(eqn: Any, stored: Spec, at_use: Spec, rules: Rules, found: Places) -> None:
@@ -171,10 +192,12 @@ def _look_up(eqn: Any, stored: Spec, at_use: Spec, rules: Rules, found: Places) 
     offsets = getattr(numbers, "offset_dims", ())
     gone = {*getattr(numbers, "collapsed_slice_dims", ()), *getattr(numbers, "operand_batching_dims", ())}
     kept = [d for d in range(len(stored)) if d not in gone]
-    if len(kept) != len(offsets) or not any(stored[d] for d in kept) or any(stored[d] for d in gone):
+    words = {a for d in gone for a in stored[d]}
+    if len(kept) != len(offsets) or not any(stored[d] for d in kept):
         found.used[id(eqn), 0] = (at_use,)
         return
-    rows: list[tuple[str, ...]] = [()] * len(shape_of(out))
+    # What devices with other words add up may be left split along the sequence.
+    rows = [axes if axes and words.issuperset(axes) else () for axes in rules.value(out)]
     for dim, source in zip(offsets, kept, strict=True):
         rows[dim] = stored[source]
     found.used[id(eqn), 1] = (((),) * len(shape_of(eqn.invars[1])),)

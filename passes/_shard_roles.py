@@ -15,9 +15,11 @@ from typing import Any
 
 import jax
 
-from memopt.passes._shard_flow import ELEMENTWISE, Flow, is_float, is_var, shape_of
+from memopt import _fusion
+from memopt.passes._shard_flow import ELEMENTWISE, Flow, is_float, is_var, reshaped, shape_of
 
 PARAMETER, MOMENT, BATCH, OTHER = "parameter", "moment", "batch", "other"
+Dims = tuple[int | None, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,15 +30,15 @@ class Roles:
       kinds: per input, one of the four kinds.
       result_of: input -> the output that it becomes after the step.
       data: the variables that depend on the batch.
-      gradients: gradient values, outside and inside loops -> the input that they update, and how many leading
-        dimensions of it loops have taken off.
+      gradients: gradient values, outside and inside loops -> the input that they update, and which of its dimensions
+        each of theirs is, None for a part of one.
       update: the variables of the update: element by element between a gradient and the new state.
     """
 
     kinds: tuple[str, ...]
     result_of: dict[int, int]
     data: frozenset[Any]
-    gradients: dict[Any, tuple[int, int]]
+    gradients: dict[Any, tuple[int, Dims]]
     update: frozenset[Any]
 
 
@@ -164,43 +166,86 @@ def _is_used(flow: Flow, leaf: Any, data: set[Any]) -> bool:
 
 def _gradients(
     flow: Flow, kinds: Sequence[str], result_of: dict[int, int], data: set[Any]
-) -> tuple[dict[Any, tuple[int, int]], set[Any]]:
+) -> tuple[dict[Any, tuple[int, Dims]], set[Any]]:
     """Walk back from the new state, element by element, to where the gradients are made."""
-    found: dict[Any, tuple[int, int]] = {}
+    found: dict[Any, tuple[int, Dims]] = {}
     update: set[Any] = set()
     for kind in (MOMENT, PARAMETER):
         for leaf, out in result_of.items():
             if kinds[leaf] == kind:
-                _walk_back(flow, flow.jaxpr.outvars[out], leaf, 0, data, found, update)
+                end = flow.jaxpr.outvars[out]
+                _walk_back(flow, end, leaf, tuple(range(len(shape_of(end)))), data, found, update)
     return found, update
 
 
-def _walk_back(flow: Flow, end: Any, leaf: int, depth: int, data: set[Any], found: dict, update: set[Any]) -> None:
-    todo = [(end, depth)]
+def _walk_back(flow: Flow, end: Any, leaf: int, dims: Dims, data: set[Any], found: dict, update: set[Any]) -> None:
+    todo = [(end, dims)]
     while todo:
-        var, taken = todo.pop()
+        var, dims = todo.pop()
         if not is_var(var) or var in update or var not in data:
             continue
         made = flow.makers.get(var)
         if made is None:
             continue
-        eqn, position = made
+        eqn, _ = made
         if id(eqn) in flow.inner:
-            found.setdefault(var, (leaf, taken))
-            todo += _inside(flow, eqn, position, var, taken)
+            found.setdefault(var, (leaf, dims))
+            todo += _inside(flow, eqn, var, leaf, dims, found)
         elif eqn.primitive.name in ELEMENTWISE and eqn.primitive.name != "name":
             update.add(var)
-            todo += [(v, taken) for v in eqn.invars if shape_of(v) == shape_of(var)]
+            todo += [(v, dims) for v in eqn.invars if shape_of(v) == shape_of(var)]
         elif eqn.primitive.name != "broadcast_in_dim":
-            found.setdefault(var, (leaf, taken))
+            found.setdefault(var, (leaf, dims))
+            for part, its in _in_parts(flow, var, dims):
+                if id(flow.makers[part][0]) in flow.inner:
+                    todo.append((part, its))
+                else:
+                    found.setdefault(part, (leaf, its))
 
 
-def _inside(flow: Flow, eqn: Any, position: int, var: Any, taken: int) -> list[tuple[Any, int]]:
-    """Return what a loop's result is inside its body, and where an accumulated one starts."""
+def _inside(flow: Flow, eqn: Any, var: Any, leaf: int, dims: Dims, found: dict) -> list[tuple[Any, Dims]]:
+    """Return what a loop's result is inside its body, and where an accumulated one starts; note what is carried."""
     ends = []
     for link in flow.inner[id(eqn)][1]:
         if link.outer is var:
-            ends.append((link.inner, taken + link.sliced))
+            ends.append((link.inner, dims[link.sliced :]))
             first = flow.carried.get(link.inner)
-            ends += [(v, taken) for v in flow.entries.get(first, ()) if first is not None and v is not link.inner]
+            if first is not None:
+                found.setdefault(first, (leaf, dims))
+                ends += [(v, dims) for v in flow.entries.get(first, ()) if v is not link.inner]
     return ends
+
+
+def _in_parts(flow: Flow, var: Any, dims: Dims) -> list[tuple[Any, Dims]]:
+    """Return the slices of a gradient that is made slice by slice, and the loop's result that holds them, if any.
+
+    The gradient may be laid out in another way before it meets the update. Slices are looked for up to the matmul
+    that makes them.
+    """
+    found: list[tuple[Any, Dims]] = []
+    while (made := flow.makers.get(var)) is not None:
+        eqn, shape = made[0], shape_of(var)
+        name = eqn.primitive.name
+        if id(eqn) in flow.inner:
+            return [*found, (var, dims)]
+        if name == "convert_element_type":
+            pass
+        elif name == "transpose":
+            dims = tuple(dims[eqn.params["permutation"].index(d)] for d in range(len(dims)))
+        elif name == "reshape":
+            dims = reshaped(shape, shape_of(eqn.invars[0]), dims)
+        elif name == "dynamic_update_slice":
+            part, whole = eqn.invars[1], shape_of(var)
+            its = tuple(d if a == b else None for d, a, b in zip(dims, shape_of(part), whole, strict=True))
+            found += [(part, its)] if (part := _product(flow, part)) is not None else []
+        else:
+            return found if name == "broadcast_in_dim" else []
+        var = eqn.invars[0]
+    return found
+
+
+def _product(flow: Flow, var: Any) -> Any:
+    """Return the matmul's result that a value is, casts apart; None where it is none."""
+    while (made := flow.makers.get(var)) is not None and made[0].primitive.name == "convert_element_type":
+        var = made[0].invars[0]
+    return var if made is not None and made[0].primitive.name in _fusion.MATMULS else None

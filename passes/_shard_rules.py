@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from memopt import _cost
+from memopt import _cost, _local_rules
 from memopt.passes._shard_flow import Flow, Groups, shape_of
 from memopt.passes._shard_roles import BATCH, MOMENT, PARAMETER, Roles
 
@@ -209,6 +209,11 @@ class Rules:
                     part = eqn.outvars[0] if name == "dynamic_slice" else eqn.invars[1]
                     pairs = enumerate(zip(shape_of(eqn.invars[0]), shape_of(part), strict=True))
                     found |= {self.groups.of(eqn.invars[0], d) for d, (size, some) in pairs if size != some}
+        for eqn in (eqn for body in self.flow.bodies for eqn in body.eqns if eqn.primitive.name == "reshape"):
+            before, after = eqn.invars[0], eqn.outvars[0]
+            for whole, parts in _local_rules.reshape_groups(shape_of(before), shape_of(after)):
+                if len(whole) == 1 and any(self.groups.of(after, d) in found for d in parts):
+                    found.add(self.groups.of(before, whole[0]))
         return found - {None}
 
     def _is_tokens(self, var: Any) -> bool:

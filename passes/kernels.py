@@ -116,7 +116,7 @@ class Kernels:
         platform = "cpu" if context.partitioned else getattr(context.target, "platform", "cpu")
         given = sum(aval.size * aval.dtype.itemsize for aval in closed.in_avals)
         least_bytes = 0 if self.gated_mlps else max(_LEAST_BYTES, _LEAST_SHARE * given)
-        work = _Work(platform, self, least_bytes, context.partitioned)
+        work = _Work(platform, self, least_bytes, _parts(closed, context))
         base = work.level(c.open_jaxpr(closed))
         if not work.rows and not work.left:
             return None
@@ -127,9 +127,9 @@ class Kernels:
 class _Work(Walk):
     """One rewrite of a step by kernels."""
 
-    def __init__(self, platform: str, settings: Kernels, least_bytes: float, parts: int):
+    def __init__(self, platform: str, settings: Kernels, least_bytes: float, parts: _loss_call.Parts | None):
         super().__init__()
-        self.parts = max(1, parts)
+        self.parts = parts
         self.platform, self.settings, self.least_bytes = platform, settings, least_bytes
 
     def swept(self, jaxpr: Any) -> Any:
@@ -148,7 +148,8 @@ class _Work(Walk):
         space = Space(jaxpr, pair)
         edit = Edit(space)
         if softmax and settings.attention:
-            make = functools.partial(_attention_call.make, space, platform=self.platform, parts=self.parts)
+            parts = 1 if self.parts is None else self.parts.tokens
+            make = functools.partial(_attention_call.make, space, platform=self.platform, parts=parts)
             for call in self._calls(space, _match_attention.find(space), make, quiet, "attention"):
                 edit.replace(call, call.found.out)
                 self.rows.append(_row(space, call, len(self.rows)))
@@ -190,6 +191,20 @@ class _Work(Walk):
                 continue
             edit.replace(call, found.loss)
             self.rows.append(_loss_row(call, len(self.rows)))
+
+
+def _parts(closed: Any, context: Context) -> _loss_call.Parts | None:
+    """Return into how many parts values are split, None in a step of one device."""
+    if not context.partitioned:
+        return None
+    given: dict[tuple[int, ...], tuple[int, ...]] = {}
+    users = () if context.shardings is None else context.shardings.arguments
+    for aval, sharding in zip(closed.in_avals, users, strict=False):
+        if sharding is not None and len(sharding.device_set) > 1:
+            local = sharding.shard_shape(aval.shape)
+            ways = tuple(size // max(part, 1) for size, part in zip(aval.shape, local, strict=True))
+            given[aval.shape] = max(ways, given.get(aval.shape, ways))
+    return _loss_call.Parts(context.partitioned, context.feature_parts, given)
 
 
 def _module(eqn: Any) -> str:

@@ -115,6 +115,13 @@ class Shard:
         return math.prod(self.mesh.shape[a] for a in (*layout.batch, *layout.context))
 
     @property
+    def feature_parts(self) -> int:
+        """The number of parts that features are split into, where they divide; 1 before the search."""
+        if self.searches:
+            return 1
+        return math.prod(self.mesh.shape[a] for a in _shard_rules.layout(self.mesh, self._asked).tensor)
+
+    @property
     def _auto_mesh(self) -> Mesh:
         """The mesh with axes that XLA's partitioner may use freely."""
         return Mesh(self.mesh.devices, self.mesh.axis_names)

@@ -25,11 +25,16 @@ _log = logging.getLogger("memopt.pallas_kernels")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Form:
-    """A way to compute the loss: which code, tile sizes (None: chosen by shape), and whether kernels are emulated."""
+    """A way to compute the loss: which code, tile sizes (None: chosen by shape), and whether kernels are emulated.
+
+    `parts` are those of the vocabulary that "lean" walks side by side, each slice one of every part: where devices
+    split the vocabulary. "lean" takes tokens of more than one dimension.
+    """
 
     name: Implementation
     blocks: tuple[int, int] | None = None
     interpret: bool = False
+    parts: int = 1
 
 
 def linear_cross_entropy(
@@ -154,7 +159,7 @@ def forward(form: Form, spec: Spec, hidden, weight, labels) -> tuple[jax.Array, 
     """Return the losses and the log-sum-exps."""
     if form.name == "tpu":
         return tpu.forward(spec, hidden, weight, labels, form.blocks, form.interpret)
-    return lean.forward(spec, hidden, weight, labels, form.blocks and form.blocks[1])
+    return lean.forward(spec, hidden, weight, labels, form.blocks and form.blocks[1], form.parts)
 
 
 def backward(form: Form, spec: Spec, hidden, weight, labels, lse, cotangent) -> tuple[jax.Array, jax.Array]:
@@ -162,7 +167,7 @@ def backward(form: Form, spec: Spec, hidden, weight, labels, lse, cotangent) -> 
     operands = (hidden, weight, labels, lse, cotangent)
     if form.name == "tpu":
         return tpu.backward(spec, *operands, form.blocks, form.interpret)
-    return lean.backward(spec, *operands, form.blocks and form.blocks[1])
+    return lean.backward(spec, *operands, form.blocks and form.blocks[1], form.parts)
 
 
 def _run_forward(form: Form, spec: Spec, hidden, weight, labels):

@@ -24,10 +24,12 @@ def test_broken_promises_are_named(change, says):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_with_fewer_processes(tmp_path):
-    settings = ["--processes=2", "--steps=6", "--save_every=2", "--kill_after=3", "--resume_with=1"]
+@pytest.mark.parametrize("processes, resumed", [(2, 1), (4, 4)])
+def test_a_killed_run_goes_on_with_as_many_or_fewer_processes(tmp_path, processes, resumed):
+    settings = [f"--processes={processes}", "--steps=6", "--save_every=2", "--kill_after=3", f"--resume_with={resumed}"]
     command = [sys.executable, multihost.__file__, *settings, f"--out_dir={tmp_path}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "killed and resumed" in done.stdout
+    print(done.stdout)  # the table, for `pytest -s`
     assert not list(tmp_path.glob("killed/saves/*tmp*"))

@@ -14,7 +14,8 @@ import pytest
 
 import memopt
 from memopt.pallas_kernels import contrastive_loss, linear_cross_entropy
-from memopt.pallas_kernels.linear_cross_entropy import tpu
+from memopt.pallas_kernels.linear_cross_entropy import lean, reference, tpu
+from memopt.pallas_kernels.linear_cross_entropy.reference import Spec
 
 ERRORS = {"float64": 1e-13, "float32": 3e-6, "bfloat16": 2e-2}
 
@@ -110,6 +111,26 @@ def test_logits_are_counted_once_forward_and_once_backward():
 def test_the_lean_form_is_exact_in_float64():
     with jax.enable_x64(True):
         _assert_close(CASES[4], "float64", "lean")
+
+
+@pytest.mark.parametrize("vocab_axis", [0, 1])
+@pytest.mark.parametrize("parts, chunk", [(2, 3), (5, 8), (4, 100)])
+def test_parts_of_the_vocabulary_side_by_side_are_exact(vocab_axis, parts, chunk):
+    spec = Spec(vocab_axis=vocab_axis, ignore_index=3, label_smoothing=0.1, z_loss=0.01, soft_cap=3.0)
+    random, tokens = np.random.default_rng(0), (2, 3)
+    with jax.enable_x64(True):
+        hidden, cotangent = (jnp.asarray(random.normal(size=shape)) for shape in ((*tokens, 8), tokens))
+        weight = jnp.asarray(random.normal(size=(8, 40) if vocab_axis else (40, 8)))
+        labels = jnp.asarray(random.integers(0, 40, tokens), jnp.int32)
+
+        def plain(hidden, weight):
+            return reference.linear_cross_entropy(spec, hidden.reshape(6, 8), weight, labels.reshape(6))
+
+        expected, pull = jax.vjp(plain, hidden, weight)
+        loss, lse = lean.forward(spec, hidden, weight, labels, chunk, parts)
+        got = loss.reshape(6), *lean.backward(spec, hidden, weight, labels, lse, cotangent, chunk, parts)
+        for ours, theirs in zip(got, (expected, *pull(cotangent.reshape(6))), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-13 * np.abs(theirs).max())
 
 
 def test_a_wrong_gradient_is_seen():
