@@ -19,6 +19,7 @@ from memopt._codec import Codec, Encoded
 from memopt._codecs import codec as codec_named
 from memopt._contract import Context, Rewritten
 from memopt._plan import Decision
+from memopt.passes import _decode_loops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,7 @@ class CompressState(_stored.LeafForm):
     def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
         """Return the step with its stored leaves decoded, used and encoded one after the other."""
         leaves = _in_turn.stored_leaves(context.paths, ".codes")
+        closed = _decode_loops.sink(closed, [i for places in leaves.values() for i in places])
         rows = tuple(self._row(path, [closed.in_avals[i] for i in places]) for path, places in leaves.items())
         return Rewritten(_in_turn.in_turn(closed, list(leaves.values())), rows, error=self.codec.error)
 
