@@ -156,10 +156,10 @@ def adapted(loss=adapted_loss, layers=3, width=256):
     return step, ({"base": base}, (down, up), x)
 
 
-def whole_stacks(closed, shape):
-    """Return how many values of a shape a step makes at its top level, and how many loops read one as slices."""
+def whole_stacks(closed, size):
+    """Return how many values of a size or more a step makes at its top level, and how many loops read one as slices."""
     eqns = c.open_jaxpr(closed).eqns
-    made = [v for e in eqns for v in e.outvars if getattr(v.aval, "shape", None) == shape and v.aval.dtype != np.uint8]
+    made = [v for e in eqns for v in e.outvars if v.aval.size >= size and v.aval.dtype != np.uint8]
     loops = [v for e in eqns if e.primitive.name == "scan" for v in e.invars if v in made]
     return len(made), len(loops)
 
@@ -171,7 +171,7 @@ def test_frozen_layers_are_decoded_one_at_a_time_inside_their_loops(codec):
     frozen = stored.compress(frozen)
     closed = stored.trace(frozen, adapter, x).jaxpr
     c.check(closed)
-    assert whole_stacks(closed, (3, 256, 256)) == (0, 0)
+    assert whole_stacks(closed, 3 * 256 * 256) == (0, 0)  # nor does one loop hand constants on to the other
     assert "optimization_barrier" in {e.primitive.name for e in loops_of(closed)[0].eqns}
     got, want = stored(frozen, adapter, x), jax.jit(step)(stored.decompress(frozen), adapter, x)
     leaves_close(got[1:], want[1:], 1e-5)
@@ -190,7 +190,7 @@ def test_a_frozen_stack_that_is_read_whole_is_decoded_whole():
     step, (frozen, adapter, x) = adapted(loss)
     stored = memopt.optimize(step, passes=[CompressState("int8", where="*base*")])
     frozen = stored.compress(frozen)
-    made, read = whole_stacks(stored.trace(frozen, adapter, x).jaxpr, (3, 256, 256))
+    made, read = whole_stacks(stored.trace(frozen, adapter, x).jaxpr, 3 * 256 * 256)
     assert made and read == 2
     leaves_close(stored(frozen, adapter, x)[1:], jax.jit(step)(stored.decompress(frozen), adapter, x)[1:], 1e-5)
 
