@@ -177,6 +177,22 @@ def test_frozen_layers_are_decoded_one_at_a_time_inside_their_loops(codec):
     leaves_close(got[1:], want[1:], 1e-5)
 
 
+@pytest.mark.tpu_aot
+def test_frozen_layers_take_less_memory_when_compiled_for_a_tpu():
+    step, _ = adapted()
+    shapes = (16, 1024, 1024), (16, 1024, 4), (16, 4, 1024), (512, 1024)
+    base, down, up, x = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    frozen, rest = {"base": base}, ((down, up), x)
+    settings = {"target": "tpu:v5e:1x1", "donate_argnums": (0, 1)}
+    plain = memopt.measure(step, frozen, *rest, **settings)
+    stored = memopt.optimize(step, passes=[CompressState("int8", where="*base*")], **settings)
+    memory = stored.measure(stored.compress(frozen), *rest)
+    print(f"frozen int8: {plain.peak_bytes / 2**20:.1f} -> {memory.peak_bytes / 2**20:.1f} MiB")
+    base_bytes = 2 * 16 * 1024 * 1024
+    assert plain.argument_bytes - memory.argument_bytes > 0.45 * base_bytes
+    assert plain.peak_bytes - memory.peak_bytes > 0.45 * base_bytes - 3 * 4 * 1024 * 1024  # some decoded layers
+
+
 def loops_of(closed):
     """Return the bodies of the loops at the top level."""
     eqns = c.open_jaxpr(closed).eqns
