@@ -48,6 +48,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("batch", 16, "Sequences a step.")
     flags.DEFINE_integer("steps", 2000, "Steps of a run.")
     flags.DEFINE_integer("seeds", 3, "Seeds of each rate: of the parameters and the batches.")
+    flags.DEFINE_integer("tune_seeds", 0, "Seeds that choose the rate; the others run at that rate alone. 0: all.")
     flags.DEFINE_list("rates", ["1e-3", "3e-3", "1e-2"], "Learning rates, the same for all optimizers.")
     flags.DEFINE_integer("refresh_every", 200, "Updates between two bases of the low-rank optimizers.")
     flags.DEFINE_integer("parallel", 1, "Runs that are trained at once; memory grows with it.")
@@ -75,7 +76,7 @@ def optimizers(width: int, refresh_every: int) -> dict[str, Callable[[Any], Any]
 
 
 class Bench:
-    """Trains one optimizer at all rates and seeds, in one compiled program."""
+    """Trains one optimizer at several rates and seeds, with programs that are compiled once."""
 
     def __init__(self, values: Any):
         from memopt.models import gpt2
@@ -110,22 +111,31 @@ class Bench:
         return optax.chain(optax.clip_by_global_norm(1.0), make(schedule))
 
     def run(self, make: Callable[[Any], Any]) -> tuple[np.ndarray, int]:
-        """Train all runs; return held-out losses `[rates, seeds]` and the bytes of one state."""
+        """Train all runs; return held-out losses `[rates, seeds]` and the bytes of one state.
+
+        With `tune_seeds` below `seeds` the other seeds run at the best rate alone, and the losses left out are NaN.
+        """
+        seeds = self.values.seeds
+        tuning = min(self.values.tune_seeds or seeds, seeds)
+        losses = np.full((len(self.rates), seeds), np.nan)
+        programs = self.programs(make)
+        grid = [(rate, seed) for rate in range(len(self.rates)) for seed in range(tuning)]
+        state_bytes = self.train_all(programs, grid, losses)
+        if tuning < seeds:
+            best = best_rate(losses[:, :tuning])
+            self.train_all(programs, [(best, seed) for seed in range(tuning, seeds)], losses)
+        return losses, state_bytes
+
+    def programs(self, make: Callable[[Any], Any]) -> tuple[Callable[..., Any], ...]:
+        """Return compiled functions that start, advance and score `parallel` runs of an optimizer."""
         import jax
         import jax.numpy as jnp
 
-        seeds, steps = self.values.seeds, self.values.steps
-        grid = [(rate, seed) for rate in range(len(self.rates)) for seed in range(seeds)]
-        rates = jnp.asarray([self.rates[rate] for rate, _ in grid])
-        which = jnp.asarray([seed for _, seed in grid])
-
-        def start(run: Any) -> Any:
-            rate, seed = run
+        def start(rate: Any, seed: Any) -> Any:
             params = self.model.init(jax.random.key(seed), jnp.zeros((1, self.values.length), jnp.int32))["params"]
             return params, self.transform(make, rate).init(params)
 
-        def advance(run: Any, batches: Any) -> Any:
-            (params, state), rate, seed = run
+        def advance(run: Any, rate: Any, batches: Any) -> Any:
             optimizer = self.transform(make, rate)
 
             def step(carry: Any, windows: Any) -> Any:
@@ -134,33 +144,59 @@ class Bench:
                 updates, state = optimizer.update(grads, state, params)
                 return (jax.tree.map(lambda p, u: p + u.astype(p.dtype), params, updates), state), None
 
-            return jax.lax.scan(step, (params, state), batches[seed])[0]
+            return jax.lax.scan(step, run, batches)[0]
 
-        mapped = functools.partial(jax.lax.map, batch_size=self.values.parallel)
-        chunked = jax.jit(lambda s, r, w, b: mapped(lambda run: advance(run, b), (s, r, w)), donate_argnums=0)
-        states = jax.jit(lambda r, w: mapped(start, (r, w)))(rates, which)
+        def score(params: Any, held: Any) -> Any:
+            return jax.lax.map(lambda batch: self.loss(params, batch), held).mean()
+
+        if self.values.parallel == 1:  # a batch of one would turn conditions into selections
+            alone = lambda fn: lambda *args: jax.tree.map(lambda x: x[None], fn(*jax.tree.map(lambda x: x[0], args)))  # noqa: E731
+            held_alone = lambda params, held: score(jax.tree.map(lambda x: x[0], params), held)[None]  # noqa: E731
+            return jax.jit(alone(start)), jax.jit(alone(advance), donate_argnums=0), jax.jit(held_alone)
+        mapped = jax.vmap(score, in_axes=(0, None))
+        return jax.jit(jax.vmap(start)), jax.jit(jax.vmap(advance), donate_argnums=0), jax.jit(mapped)
+
+    def train_all(self, programs: Sequence[Callable[..., Any]], grid: Sequence[tuple[int, int]], losses: Any) -> int:
+        """Train the runs of a grid of rates and seeds, write their losses, and return the bytes of one state."""
+        import jax
+        import jax.numpy as jnp
+
+        start, advance, score = programs
+        ways, steps, size = self.values.parallel, self.values.steps, 0
         chunk = min(50, steps)
-        for first in range(0, steps - steps % chunk, chunk):
-            numbers = range(first, first + chunk)
-            batches = np.stack([[self.windows(self.train, i, seed) for i in numbers] for seed in range(seeds)])
-            states = chunked(states, rates, which, batches)
         held = np.stack([self.windows(self.held, i, 12345) for i in range(8)])
-        score = jax.jit(lambda p: mapped(lambda one: jax.lax.map(lambda b: self.loss(one, b), held).mean(), p))
-        losses = np.asarray(score(states[0]), np.float64).reshape(len(self.rates), seeds)
-        return losses, sum(leaf.nbytes for leaf in jax.tree.leaves(states[1])) // len(grid)
+        for first in range(0, len(grid), ways):
+            group = (*grid[first : first + ways], *[grid[-1]] * ways)[:ways]  # the last one again, to be full
+            rates = jnp.asarray([self.rates[rate] for rate, _ in group])
+            states = start(rates, jnp.asarray([seed for _, seed in group]))
+            for begin in range(0, steps - steps % chunk, chunk):
+                numbers = range(begin, begin + chunk)
+                batches = [[self.windows(self.train, i, seed) for i in numbers] for _, seed in group]
+                states = advance(states, rates, np.stack([np.stack(one) for one in batches]))
+            made = np.asarray(score(states[0], held), np.float64)
+            for place, loss in zip(group, made, strict=True):
+                losses[place] = loss
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(states[1])) // ways
+        return size
+
+
+def best_rate(losses: np.ndarray) -> int:
+    """Return the rate with the smallest mean over seeds; runs that diverged count as infinite."""
+    return int(np.where(np.isfinite(losses).all(1), losses.mean(1), math.inf).argmin())
 
 
 def summary(name: str, losses: np.ndarray, rates: Sequence[float], state_bytes: int) -> dict[str, Any]:
-    """Return an optimizer's row: its best rate by the mean over seeds, runs that diverged counting as infinite."""
-    means = np.where(np.isfinite(losses).all(1), losses.mean(1), math.inf)
-    best = int(means.argmin())
-    spread = float(np.ptp(losses[best]))
+    """Return an optimizer's row: its best rate by the mean over seeds, of those rates that all seeds ran at."""
+    best = best_rate(losses)
+    ran = np.isfinite(losses[best]).all()
+    mean, spread = (float(losses[best].mean()), float(np.ptp(losses[best]))) if ran else (math.inf, math.nan)
     runs = {
         f"{rate:g}/{seed}": float(value)
         for rate, row in zip(rates, losses, strict=True)
         for seed, value in enumerate(row)
+        if not np.isnan(value) or best == rates.index(rate)
     }
-    row = {"optimizer": name, "rate": rates[best], "loss": float(means[best]), "spread": spread}
+    row = {"optimizer": name, "rate": rates[best], "loss": mean, "spread": spread}
     return row | {"state_bytes": state_bytes, "runs": runs}
 
 
@@ -174,7 +210,7 @@ def compare(made: list[dict[str, Any]]) -> None:
 
 def finished(names: Sequence[str], known: dict[str, Callable[[Any], Any]], values: Any) -> list[dict[str, Any]]:
     """Return the rows of all named optimizers; those that an earlier run of these settings finished are kept."""
-    keys = ("width", "depth", "heads", "length", "batch", "steps", "seeds", "rates", "refresh_every", "text_dir")
+    keys = "width depth heads length batch steps seeds tune_seeds rates refresh_every text_dir".split()
     settings = {key: values[key].value for key in keys}
     cache, bench, made = _report.Cache(pathlib.Path(values.out_dir) / "rows.json", settings), Bench(values), []
     for name in names:

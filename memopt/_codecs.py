@@ -22,6 +22,8 @@ _ALL = (
     *(Float8(e, block) for e in (4, 5) for block in (128, None)),
     *(Dynamic(8, signed) for signed in (True, False)),
     *(Dynamic(4, signed, 128) for signed in (True, False)),
+    *(Dynamic(8, signed, down=True) for signed in (True, False)),
+    *(Dynamic(4, signed, 128, down=True) for signed in (True, False)),
     RankOne(),
     Bits(),
 )

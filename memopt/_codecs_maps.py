@@ -122,6 +122,8 @@ class Dynamic(_Mapped):
       bits: 8 or 4.
       signed: for first moments; unsigned for second ones, with twice as many codes for positive values.
       block: elements that share a scale, along the last axis (a shorter row is one block); None is the whole row.
+      down: let blocks run down the second last axis where rows are longer than a block: XLA:TPU writes out in full the
+        scales of several blocks in a row. Where rows are no multiple of 32, blocks run along the last axis.
 
     Example:
       >>> codec = Dynamic(8, signed=False)
@@ -132,6 +134,7 @@ class Dynamic(_Mapped):
     bits: int = 8
     signed: bool = True
     block: int | None = 2048
+    down: bool = False
 
     def __post_init__(self):
         if self.bits not in (4, 8):
@@ -144,7 +147,7 @@ class Dynamic(_Mapped):
         """Such as `dynamic8-unsigned`."""
         usual = 2048 if self.bits == 8 else 128
         block = "" if self.block == usual else "-row" if self.block is None else f"-block{self.block}"
-        return f"dynamic{self.bits}{'' if self.signed else '-unsigned'}{block}"
+        return f"dynamic{self.bits}{'' if self.signed else '-unsigned'}{block}{'-down' if self.down else ''}"
 
     @property
     def error(self) -> float:
@@ -155,8 +158,21 @@ class Dynamic(_Mapped):
     def layout(self, shape, dtype) -> Encoded:
         """Return bytes of codes and a scale a block."""
         view = b.view_shape(shape, self.block)
-        scales = (b.scale_shape(view, self.block), b.work_dtype(dtype))
-        return struct(self, shape, dtype, (b.packed_shape(view, self.bits), np.uint8), scales)
+        rows = self._rows(view)
+        scales = b.scale_shape(view, self.block) if rows is None else (*view[:-2], view[-2] // rows, view[-1])
+        return struct(self, shape, dtype, (b.packed_shape(view, self.bits), np.uint8), (scales, b.work_dtype(dtype)))
+
+    def _rows(self, view: tuple[int, ...]) -> int | None:
+        """Return the rows of a block that runs down them; None where blocks run along the last axis."""
+        if not self.down or self.block is None or view[-1] <= self.block:
+            return None
+        return b.rows_of_block(view, self.block)
+
+    def _apart(self, x: jax.Array, rows: int | None) -> tuple[jax.Array, int]:
+        """Return an array with its blocks apart, and the axis along which they run."""
+        if rows is None:
+            return b.to_blocks(x, self.block), x.ndim
+        return x.reshape(*x.shape[:-2], x.shape[-2] // rows, rows, x.shape[-1]), x.ndim - 1
 
     def _codes(self, ratio):
         rank = _dynamic_rank(jnp.abs(ratio) if self.signed else jnp.maximum(ratio, 0), self.bits, self.signed)
@@ -173,19 +189,25 @@ class Dynamic(_Mapped):
 
     def _encode(self, x, key):
         view, work = b.view_shape(x.shape, self.block), b.work_dtype(x.dtype)
-        blocks = b.to_blocks(x.reshape(view).astype(work), self.block)
-        low, high, special = b.finite_range(blocks, (blocks.ndim - 1,))
+        rows = self._rows(view)
+        blocks, axis = self._apart(x.reshape(view).astype(work), rows)
+        low, high, special = b.finite_range(blocks, (axis,))
         scale = jnp.maximum(jnp.maximum(-low, high), work.type(jnp.finfo(jnp.float32).tiny))
         q = self._codes(jnp.where(jnp.isfinite(blocks), b.divide(blocks, scale), 0))
-        q = b.from_blocks(self._mark(q, blocks, special), view[-1]).astype(jnp.uint8)
-        return b.pack(q, self.bits), (b.store_scales(jnp.where(special, -scale, scale)),)
+        q = self._mark(q, blocks, special)
+        q = b.from_blocks(q, view[-1]) if rows is None else q.reshape(view)
+        scale = jnp.where(special, -scale, scale)
+        stored = b.store_scales(scale) if rows is None else jnp.squeeze(scale, axis)
+        return b.pack(q.astype(jnp.uint8), self.bits), (stored,)
 
     def _decode(self, encoded):
         view, work = b.view_shape(encoded.shape, self.block), b.work_dtype(encoded.dtype)
-        q = b.to_blocks(b.unpack(encoded.codes, self.bits, view).astype(work), self.block)
-        scale = b.load_scales(encoded.scales[0], view, self.block)
+        rows, (stored,) = self._rows(view), encoded.scales
+        q, axis = self._apart(b.unpack(encoded.codes, self.bits, view).astype(work), rows)
+        scale = b.load_scales(stored, view, self.block) if rows is None else jnp.expand_dims(stored, axis)
         value = b.inside(self._values(q) * jnp.abs(scale), encoded.dtype)
-        return b.from_blocks(self._unmark(value, q, scale < 0), view[-1])
+        value = self._unmark(value, q, scale < 0)
+        return b.from_blocks(value, view[-1]) if rows is None else value.reshape(view)
 
 
 @dataclasses.dataclass(frozen=True)

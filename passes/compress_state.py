@@ -17,8 +17,10 @@ import numpy as np
 from memopt import _in_turn, _stored
 from memopt._codec import Codec, Encoded
 from memopt._codecs import codec as codec_named
+from memopt._codecs_maps import Dynamic
 from memopt._contract import Context, Rewritten
 from memopt._plan import Decision
+from memopt.passes import _decode_loops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +28,9 @@ class CompressState(_stored.LeafForm):
     """Store leaves of the state encoded between steps, and decode each one only where it is used.
 
     Memory: arguments and results fall by what the codec saves (a 32-bit moment to about a quarter in 8 bits); one leaf
-    at a time is held decoded. Cost: each leaf is decoded and encoded once a step. Lossy by the codec's stated error a
-    step, unless the codec is exact. For any optimizer, and for frozen weights, which are only read.
+    at a time is held decoded, of stacks that loops alone read as slices one layer. Cost: each leaf is decoded and
+    encoded once a step, and such a stack in each loop that reads it. Lossy by the codec's stated error a step, unless
+    the codec is exact. For any optimizer, and for frozen weights, which are only read.
 
     Args:
       codec: a codec, or the name of one such as `"int8"` or `"dynamic8"`.
@@ -67,7 +70,10 @@ class CompressState(_stored.LeafForm):
     optional: ClassVar[bool] = False
 
     def __post_init__(self):
-        object.__setattr__(self, "codec", codec_named(self.codec))
+        codec = codec_named(self.codec)
+        if isinstance(codec, Dynamic):  # XLA:TPU writes the scales of several blocks in a row out in full
+            codec = dataclasses.replace(codec, down=True)
+        object.__setattr__(self, "codec", codec)
         if not isinstance(self.where, str):
             object.__setattr__(self, "where", tuple(self.where))
 
@@ -96,6 +102,7 @@ class CompressState(_stored.LeafForm):
     def rewrite(self, closed: Any, context: Context) -> Rewritten | None:
         """Return the step with its stored leaves decoded, used and encoded one after the other."""
         leaves = _in_turn.stored_leaves(context.paths, ".codes")
+        closed = _decode_loops.sink(closed, [i for places in leaves.values() for i in places])
         rows = tuple(self._row(path, [closed.in_avals[i] for i in places]) for path, places in leaves.items())
         return Rewritten(_in_turn.in_turn(closed, list(leaves.values())), rows, error=self.codec.error)
 

@@ -18,7 +18,7 @@ from memopt.optim._rounding import stochastic_rounding as round_stochastically
 
 def _stores(block: Any, min_size: Any, stable_embedding: bool) -> Stores:
     block, min_size = static_int("block", block), static_int("min_size", min_size)
-    return Stores(Dynamic(8, True, block), Dynamic(8, False, block), min_size, stable_embedding)
+    return Stores(Dynamic(8, True, block, down=True), Dynamic(8, False, block, down=True), min_size, stable_embedding)
 
 
 def scale_by_adam_8bit(
@@ -32,13 +32,14 @@ def scale_by_adam_8bit(
 ) -> optax.GradientTransformationExtraArgs:
     """Rescale gradients by Adam, its moments stored in 8 bits each.
 
-    Memory: 2 bytes a parameter and 4 bytes of scale a block for each moment, in place of 8 (float32). A block lies in
-    one row of the last axis, so rows shorter than `block` have their own scale: 2.02 bytes a parameter at 512 columns.
+    Memory: 2 bytes a parameter and 4 bytes of scale a block for each moment, in place of 8 (float32). A row of the last
+    axis is a block where it is no longer than one: 2.02 bytes a parameter at 512 columns. Longer rows have blocks down
+    the second last axis, which XLA:TPU fuses: two float32 copies of a leaf exist for a moment, else five.
     Cost: decoding and encoding, about 60 element-wise operations a parameter, fused by XLA.
 
     Args:
       b1, b2, eps: as in `optax.scale_by_adam`.
-      block: elements that share a scale, along the last axis.
+      block: elements that share a scale, at most.
       min_size: leaves with fewer elements keep plain float32 moments.
       stable_embedding: keep plain float32 moments of leaves named as embeddings or output heads.
 
@@ -58,7 +59,8 @@ def scale_by_adam_8bit(
     Source: Dettmers et al. 2022, "8-bit optimizers via block-wise quantization", sections 2.1 to 2.3.
 
     Limits: the normalised embedding layer of that paper is the model's to have; `stable_embedding` is its 32-bit state.
-    The kernel `memopt.pallas_kernels.adam_8bit_update` takes the same state and is not used here: XLA:TPU refuses to
+    The kernel `memopt.pallas_kernels.adam_8bit_update` takes the same state of leaves whose rows are no longer than a
+    block, and is not used here: XLA:TPU refuses to
     partition a step that calls one, and a transformation cannot tell whether its step will be sharded; nor could
     `FuseUpdate` take it apart by layer. Its codes differ by one where a value lies at the border of a cell, and it has
     `1 - b2` from float32 (for 0.999 off by 5e-5 of itself). Who writes an unsharded step can call it on a leaf.

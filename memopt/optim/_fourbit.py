@@ -35,7 +35,8 @@ def scale_by_adam_4bit(
 
     Args:
       b1, b2, eps: as in `optax.scale_by_adam`.
-      block: elements of the first moment that share a scale, along the last axis.
+      block: elements of the first moment that share a scale: of a column of the last two axes, or of a row where rows
+        are no longer than a block or no multiple of 32.
       min_size: leaves with fewer elements keep plain float32 moments.
       stable_embedding: keep plain float32 moments of leaves named as embeddings or output heads.
 
@@ -58,7 +59,7 @@ def scale_by_adam_4bit(
     Limits: a second moment far below its row's and its column's is rounded up to a sixteenth of their smaller maximum.
     """
     block, min_size = static_int("block", block), static_int("min_size", min_size)
-    stores = Stores(Dynamic(4, True, block), RankOne(4), min_size, stable_embedding)
+    stores = Stores(Dynamic(4, True, block, down=True), RankOne(4), min_size, stable_embedding)
     return scale_by_encoded_adam(stores, b1, b2, eps)
 
 

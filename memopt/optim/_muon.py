@@ -188,8 +188,8 @@ def scale_by_muon_8bit(
     if codes not in ("dynamic", "linear"):
         raise ValueError(f"codes={codes!r} are unknown: choose 'dynamic' or 'linear'")
     steps, block, min_size = static_int("steps", steps), static_int("block", block), static_int("min_size", min_size)
-    stores = Stores(Dynamic(8, True, block), Dynamic(8, False, block), min_size, False)
-    of_matrices = stores.mu if codes == "dynamic" else Integer(8, block)
+    stores = Stores(Dynamic(8, True, block, down=True), Dynamic(8, False, block, down=True), min_size, False)
+    of_matrices = stores.mu if codes == "dynamic" else Integer(8, block, down=True)
 
     def init_leaf(leaf, value):
         if _is_muon(leaf, value, where):

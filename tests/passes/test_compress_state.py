@@ -135,6 +135,82 @@ def test_frozen_weights_are_read_and_stay_as_they_are():
     np.testing.assert_allclose(adapter, want, rtol=1e-5, atol=1e-6)
 
 
+def adapted_loss(adapter, base, x):
+    def layer(h, p):
+        w, (down, up) = p
+        return h + jnp.tanh(h @ w + (h @ down) @ up), None
+
+    return jnp.mean(jax.lax.scan(layer, x, (base, adapter))[0] ** 2)
+
+
+def adapted(loss=adapted_loss, layers=3, width=256):
+    """Return a step over an adapter of frozen scanned layers, and its arguments."""
+
+    def step(frozen, adapter, x):
+        value, grads = jax.value_and_grad(loss)(adapter, frozen["base"], x)
+        return frozen, jax.tree.map(lambda p, g: p - 0.1 * g, adapter, grads), value
+
+    rng = np.random.default_rng(0)
+    shapes = (layers, width, width), (layers, width, 4), (layers, 4, width), (8, width)
+    base, down, up, x = (jnp.asarray(rng.standard_normal(shape) * 0.05, jnp.float32) for shape in shapes)
+    return step, ({"base": base}, (down, up), x)
+
+
+def whole_stacks(closed, size):
+    """Return how many values of a size or more a step makes at its top level, and how many loops read one as slices."""
+    eqns = c.open_jaxpr(closed).eqns
+    made = [v for e in eqns for v in e.outvars if v.aval.size >= size and v.aval.dtype != np.uint8]
+    loops = [v for e in eqns if e.primitive.name == "scan" for v in e.invars if v in made]
+    return len(made), len(loops)
+
+
+@pytest.mark.parametrize("codec", ["int8", "int4", "dynamic8"])
+def test_frozen_layers_are_decoded_one_at_a_time_inside_their_loops(codec):
+    step, (frozen, adapter, x) = adapted()
+    stored = memopt.optimize(step, passes=[CompressState(codec, where="*base*")])
+    frozen = stored.compress(frozen)
+    closed = stored.trace(frozen, adapter, x).jaxpr
+    c.check(closed)
+    assert whole_stacks(closed, 3 * 256 * 256) == (0, 0)  # nor does one loop hand constants on to the other
+    assert "optimization_barrier" in {e.primitive.name for e in loops_of(closed)[0].eqns}
+    got, want = stored(frozen, adapter, x), jax.jit(step)(stored.decompress(frozen), adapter, x)
+    leaves_close(got[1:], want[1:], 1e-5)
+
+
+@pytest.mark.tpu_aot
+def test_frozen_layers_take_less_memory_when_compiled_for_a_tpu():
+    step, _ = adapted()
+    shapes = (16, 1024, 1024), (16, 1024, 4), (16, 4, 1024), (512, 1024)
+    base, down, up, x = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    frozen, rest = {"base": base}, ((down, up), x)
+    settings = {"target": "tpu:v5e:1x1", "donate_argnums": (0, 1)}
+    plain = memopt.measure(step, frozen, *rest, **settings)
+    stored = memopt.optimize(step, passes=[CompressState("int8", where="*base*")], **settings)
+    memory = stored.measure(stored.compress(frozen), *rest)
+    print(f"frozen int8: {plain.peak_bytes / 2**20:.1f} -> {memory.peak_bytes / 2**20:.1f} MiB")
+    base_bytes = 2 * 16 * 1024 * 1024
+    assert plain.argument_bytes - memory.argument_bytes > 0.45 * base_bytes
+    assert plain.peak_bytes - memory.peak_bytes > 0.45 * base_bytes - 3 * 4 * 1024 * 1024  # some decoded layers
+
+
+def loops_of(closed):
+    """Return the bodies of the loops at the top level."""
+    eqns = c.open_jaxpr(closed).eqns
+    return [c.open_jaxpr(e.params["jaxpr"]) for e in eqns if e.primitive.name == "scan"]
+
+
+def test_a_frozen_stack_that_is_read_whole_is_decoded_whole():
+    def loss(adapter, base, x):
+        return adapted_loss(adapter, base, x) + 0.1 * jnp.mean(base) * jnp.mean(adapter[0])
+
+    step, (frozen, adapter, x) = adapted(loss)
+    stored = memopt.optimize(step, passes=[CompressState("int8", where="*base*")])
+    frozen = stored.compress(frozen)
+    made, read = whole_stacks(stored.trace(frozen, adapter, x).jaxpr, 3 * 256 * 256)
+    assert made and read == 2
+    leaves_close(stored(frozen, adapter, x)[1:], jax.jit(step)(stored.decompress(frozen), adapter, x)[1:], 1e-5)
+
+
 @pytest.mark.loose_promotion
 def test_shapes_are_enough_and_bytes_fall():
     optimizer = optax.adamw(1e-3)
