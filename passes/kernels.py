@@ -116,7 +116,7 @@ class Kernels:
         platform = "cpu" if context.partitioned else getattr(context.target, "platform", "cpu")
         given = sum(aval.size * aval.dtype.itemsize for aval in closed.in_avals)
         least_bytes = 0 if self.gated_mlps else max(_LEAST_BYTES, _LEAST_SHARE * given)
-        work = _Work(platform, self, least_bytes, context.partitioned)
+        work = _Work(platform, self, least_bytes, context.partitioned, getattr(context.target, "kind", None))
         base = work.level(c.open_jaxpr(closed))
         if not work.rows and not work.left:
             return None
@@ -127,9 +127,9 @@ class Kernels:
 class _Work(Walk):
     """One rewrite of a step by kernels."""
 
-    def __init__(self, platform: str, settings: Kernels, least_bytes: float, parts: int):
+    def __init__(self, platform: str, settings: Kernels, least_bytes: float, parts: int, kind: str | None):
         super().__init__()
-        self.parts = max(1, parts)
+        self.parts, self.kind = max(1, parts), kind
         self.platform, self.settings, self.least_bytes = platform, settings, least_bytes
 
     def swept(self, jaxpr: Any) -> Any:
@@ -148,7 +148,8 @@ class _Work(Walk):
         space = Space(jaxpr, pair)
         edit = Edit(space)
         if softmax and settings.attention:
-            make = functools.partial(_attention_call.make, space, platform=self.platform, parts=self.parts)
+            device = {"platform": self.platform, "parts": self.parts, "kind": self.kind}
+            make = functools.partial(_attention_call.make, space, **device)
             for call in self._calls(space, _match_attention.find(space), make, quiet, "attention"):
                 edit.replace(call, call.found.out)
                 self.rows.append(_row(space, call, len(self.rows)))
