@@ -32,7 +32,6 @@ from .tpu_parts import (
     flags_of,
     for_each_kind,
     forward_parts,
-    is_wide,
     kinds,
     tiling,
 )
@@ -41,16 +40,14 @@ LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 VMEM_BYTES = 100 * 2**20  # what a kernel may take of the 128 MiB of v5e, v5p and v6e
 
 
-def block_sizes(
-    queries: int, keys: int, head_dim: int, spec: Spec, device: str | None = None, backward: bool = True
-) -> tuple[int, int]:
-    """Choose the blocks of the kernels: a pure function of shape and device.
+def block_sizes(queries: int, keys: int, head_dim: int, spec: Spec, backward: bool = True) -> tuple[int, int]:
+    """Choose the blocks of the kernels: a pure function of shape; in what parts a device takes them says `tiling`.
 
     Args:
         queries, keys: lengths.
         head_dim: the larger of both head sizes.
-        spec: the settings; a block mask fixes the size.
-        device: kind of device, None for v5e; v6e takes more queries at once in the forward pass where none is hidden.
+        spec: the settings; a block mask fixes the size. Where nothing is hidden, the forward kernel takes twice as many
+            queries at once, unless that would pad them more.
         backward: whether it is for the backward kernels.
 
     Returns:
@@ -63,7 +60,7 @@ def block_sizes(
     if spec.blocks:
         return spec.blocks[0], spec.blocks[0]
     limit = 1024 if head_dim <= 128 else 512
-    more = 2 if is_wide(device) and not backward and not spec.hides and queries >= 2 * limit else 1
+    more = 1 if backward or spec.hides or -(-queries // limit) % 2 else 2
     sizes = zip((more * limit, limit), (queries, keys), strict=True)
     return tuple(min(size, -(-length // LANES) * LANES) for size, length in sizes)
 
@@ -93,7 +90,7 @@ def forward(
     Source: Dao 2023, "FlashAttention-2", algorithm 1.
     """
     width = max(q.shape[3], v.shape[3])
-    blocks = blocks or block_sizes(q.shape[1], k.shape[1], width, spec, device, backward=False)
+    blocks = blocks or block_sizes(q.shape[1], k.shape[1], width, spec, backward=False)
     lay, how = layout(q, k, blocks), tiling(width, device)
     walk = visits(spec, lay.queries, lay.keys, lay.block_q, lay.block_k)
     q, k, v = (by_heads(x, size) for x, size in ((q, lay.block_q), (k, lay.block_k), (v, lay.block_k)))

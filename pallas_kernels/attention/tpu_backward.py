@@ -73,7 +73,7 @@ def backward(
     Source: Dao 2023, "FlashAttention-2", algorithm 2.
     """
     width = max(q.shape[3], v.shape[3])
-    lay, how = layout(q, k, blocks or block_sizes(q.shape[1], k.shape[1], width, spec, device)), tiling(width, device)
+    lay, how = layout(q, k, blocks or block_sizes(q.shape[1], k.shape[1], width, spec)), tiling(width, device)
     walk = visits(spec, lay.queries, lay.keys, lay.block_q, lay.block_k)
     delta = jnp.einsum("bqhd,bqhd->bhq", out, cotangent, preferred_element_type=jnp.float32)
     fill = (-lay.queries) % lay.block_q

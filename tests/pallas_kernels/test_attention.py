@@ -117,20 +117,20 @@ def test_the_device_that_kernels_are_laid_out_for_is_the_default_one(monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("device", "backward", "settings", "sizes"),
+    ("queries", "backward", "settings", "sizes"),
     [
-        ("v5e", False, {}, (1024, 1024)),
-        ("v6e", False, {}, (2048, 1024)),
-        ("TPU v6 lite", False, {"causal": True}, (1024, 1024)),
-        ("v6e", True, {}, (1024, 1024)),
-        (None, False, {}, (1024, 1024)),
+        (4096, False, {}, (2048, 1024)),
+        (4096, False, {"causal": True}, (1024, 1024)),
+        (4096, True, {}, (1024, 1024)),
+        (2500, False, {}, (1024, 1024)),  # 2,048 at once would pad 1,596 rows in place of 572
+        (1500, False, {}, (1536, 1024)),
     ],
 )
-def test_block_sizes_are_a_function_of_shape_and_device(device, backward, settings, sizes):
+def test_block_sizes_are_a_function_of_shape(queries, backward, settings, sizes):
     spec = specs.Spec(scale=1.0, **settings)
-    assert tpu.block_sizes(4096, 8192, 128, spec, device, backward) == sizes
-    assert max(tpu.block_sizes(4096, 8192, 256, spec, device, backward)) <= 1024
-    assert tpu.block_sizes(300, 200, 64, spec, device, backward) == (384, 256)
+    assert tpu.block_sizes(queries, 8192, 128, spec, backward) == sizes
+    assert max(tpu.block_sizes(queries, 8192, 256, spec, backward)) <= 1024
+    assert tpu.block_sizes(300, 200, 64, spec, backward) == (384, 256)
 
 
 @pytest.mark.parametrize("at_once", [(128, None), (128, 256), (256, 512)], ids=str)
