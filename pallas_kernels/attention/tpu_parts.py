@@ -132,7 +132,7 @@ def parts(spec: Spec, lay: Layout, kind: Kind, at_once: int, queries: int | None
         if kind.distance is not None:
             low, high = shown_rows(spec, kind.distance, lay.block_q, first, last - 1)
             low, high = low // LANES * LANES, min(-(-high // LANES) * LANES, lay.block_q)
-        for start in range(low // wide * wide, high, wide):
+        for start in range(low // wide * wide, high, wide) if low < high else ():
             found.append(Part(slice(max(low, start), min(high, start + wide)), slice(first, last)))
     return found
 

@@ -42,7 +42,7 @@ def _value_and_gradients(case: Case, dtype, **form):
 
 def _assert_close(case: Case, dtype: str, form: str, blocks=None):
     interpret = {"interpret": True} if form != "lean" else {}
-    sizes = (128, 128) if "block_mask" in case.settings and form == "lean" else BLOCKS[form]
+    sizes = blocks or ((128, 128) if "block_mask" in case.settings and form == "lean" else BLOCKS[form])
     try:
         got = _value_and_gradients(case, dtype, implementation=form, blocks=sizes, **interpret)
     except NotImplementedError as error:
@@ -133,7 +133,7 @@ def test_block_sizes_are_a_function_of_shape(queries, backward, settings, sizes)
     assert tpu.block_sizes(300, 200, 64, spec, backward) == (384, 256)
 
 
-@pytest.mark.parametrize("at_once", [(128, None), (128, 256), (256, 512)], ids=str)
+@pytest.mark.parametrize("at_once", [(128, None), (128, 256), (128, 512), (256, 512)], ids=str)
 @pytest.mark.parametrize("blocks", [(128, 128), (256, 512), (512, 256), (384, 640)])
 @pytest.mark.parametrize(
     "settings",
@@ -163,7 +163,7 @@ def test_parts_of_a_block_hold_every_allowed_pair_once(settings, blocks, at_once
         if number == specs.HIDDEN:
             continue
         for q, k in tpu_parts.parts(spec, lay, kinds[number], *at_once):
-            assert q.stop - q.start <= (at_once[1] or blocks[0]) and k.stop - k.start <= at_once[0]
+            assert 0 < q.stop - q.start <= (at_once[1] or blocks[0]) and 0 < k.stop - k.start <= at_once[0]
             rows = slice(i * blocks[0] + q.start, i * blocks[0] + q.stop)
             columns = slice(j * blocks[1] + k.start, j * blocks[1] + k.stop)
             computed[rows, columns] += 1
