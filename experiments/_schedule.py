@@ -9,6 +9,7 @@ in no bundle and not in the count: it is not a time. A branch on what is compute
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -158,13 +159,21 @@ class _Machine:
         self.values: dict[str, Any] = {}
         self.memory: dict[tuple[str, int], Any] = {}
         self.filled: dict[str, np.ndarray] = {}
+        self.busy = [len(code)] * (len(code) + 1)  # the next bundle from each on with anything to evaluate
+        for place in range(len(code) - 1, -1, -1):
+            one = code[place]
+            self.busy[place] = place if one.scalar or one.phis or one.branch else self.busy[place + 1]
 
     def run(self, limit: int) -> list[int]:
         """Return how often each bundle ran."""
         ran, place, total = [0] * len(self.code), 0, 0
         target: tuple[int, int] | None = None  # bundles to go, and where to
-        came_back = False
+        came_back, idle = False, [0] * (len(self.code) + 1)  # differences of how often stretches ran
         while place < len(self.code):
+            if target is None and (end := self.busy[place]) > place:  # nothing to evaluate up to there
+                idle[place], idle[end] = idle[place] + 1, idle[end] - 1
+                total, place = total + end - place, end
+                continue
             bundle = self.code[place]
             ran[place] += 1
             total += 1
@@ -181,7 +190,7 @@ class _Machine:
                 target = target[0] - 1, target[1]
                 if target[0] == 0:
                     came_back, place, target = target[1] < place, target[1], None
-        return ran
+        return [one + more for one, more in zip(ran, itertools.accumulate(idle[:-1]), strict=True)]
 
     def _taken(self, branch: tuple[str | None, int]) -> bool:
         if branch[0] is None:

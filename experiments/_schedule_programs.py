@@ -1,9 +1,11 @@
 """The attention programs whose schedules are compared, and the worker that compiles them and counts their kernels.
 
-In: lines of JSON on standard input, each a program: who made it, length, head size, mask, pass, block sizes. Out: a
-line of JSON each: cycles and matmul slots of its kernels, or why it has none. It runs as a process of its own, because
-libtpu takes the folder of its dumps from the environment when it starts.
+In: lines of JSON on standard input, each a program: who made it, length, head size, mask, block sizes. Out: a line of
+JSON each: cycles and matmul slots of its kernels, forward and backward, or why it has none. It runs as a process of its
+own, because libtpu takes the folder of its dumps from the environment when it starts.
 """
+
+from __future__ import annotations
 
 import glob
 import json
@@ -11,6 +13,7 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,13 +23,13 @@ import _schedule
 import numpy as np
 
 #: Block sizes that are tried for each: queries x keys.
-BLOCKS = ((256, 512), (512, 512), (512, 1024), (1024, 512), (1024, 1024))
+BLOCKS = ((512, 512), (512, 1024), (1024, 512), (1024, 1024), (1024, 2048), (2048, 1024))
 SYSTEMS = ("memopt", "flash", "splash", "splash fused", "tokamax")
 _BACKWARD = re.compile(r"bwd|backward|dkv|dq|grad")
 
 
-def program(config: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
-    """Return a function of q, k, v (and the cotangent) and their shapes, for one head count, in bfloat16."""
+def program(config: dict[str, Any], gradients: bool = True) -> tuple[Callable[..., Any], list[Any]]:
+    """Return a function of q, k, v (and with gradients of the cotangent) and their shapes, in bfloat16."""
     import jax
     import jax.numpy as jnp
 
@@ -34,13 +37,12 @@ def program(config: dict[str, Any]) -> tuple[Callable[..., Any], list[Any]]:
     shape = {"memopt": (1, shape[1], shape[0], shape[2]), "flash": (1, *shape)}.get(config["system"], shape)
     forward = _makers()[config["system"]](config)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    if config["pass"] == "forward":
-        return forward, [x] * 3
 
-    def gradients(q, k, v, cotangent):
-        return jax.vjp(forward, q, k, v)[1](cotangent)
+    def both(q, k, v, cotangent):
+        out, pull = jax.vjp(forward, q, k, v)
+        return out, pull(cotangent)
 
-    return gradients, [x] * 4
+    return (both, [x] * 4) if gradients else (forward, [x] * 3)
 
 
 def _makers() -> dict[str, Callable[[dict[str, Any]], Callable[..., Any]]]:
@@ -50,7 +52,7 @@ def _makers() -> dict[str, Callable[[dict[str, Any]], Callable[..., Any]]]:
 def _memopt(config: dict[str, Any]) -> Callable[..., Any]:
     from memopt.pallas_kernels import attention
 
-    blocks = tuple(config["blocks"])
+    blocks = tuple(config["blocks"]) if config["blocks"] else None
     return lambda q, k, v: attention(q, k, v, is_causal=config["causal"], implementation="tpu", blocks=blocks)
 
 
@@ -171,7 +173,7 @@ def _known(closed: Any, arguments: list[Any], found: dict[str, dict[int, np.ndar
         if eqn.primitive.name == "pallas_call":
             arrays = {i: np.asarray(one) for i, one in enumerate(given) if one is not None}
             whole = {i: one for i, one in arrays.items() if one.dtype.kind in "iu" and one.dtype.itemsize in (1, 4)}
-            found[eqn.params["name"]] = {i: _schedule.words(one) for i, one in whole.items()}
+            found[eqn.params["name"] or ""] = {i: _schedule.words(one) for i, one in whole.items()}
         elif isinstance(inner, core.ClosedJaxpr) and len(inner.jaxpr.invars) == len(given):
             made = _known(inner, given, found)
         elif all(one is not None for one in given) and not eqn.effects:
@@ -182,16 +184,29 @@ def _known(closed: Any, arguments: list[Any], found: dict[str, dict[int, np.ndar
 
 
 def row(config: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Return a program's count: of its forward kernels, or of its backward ones."""
-    try:
-        counts = compiled_counts(*program(config), config["target"], folder)
-    except (ValueError, NotImplementedError, RuntimeError, _schedule.Unknown) as error:
-        return config | {"note": str(error).splitlines()[0][:200] if str(error) else type(error).__name__}
-    backward = config["pass"] == "backward"
+    """Return a program's count of its forward and of its backward kernels, or why there is none.
+
+    Where the backward kernels do not compile, the forward one is counted alone.
+    """
+    found: dict[str, Any] = dict(config)
+    for gradients in (True, False):
+        try:
+            counts = compiled_counts(*program(config, gradients), config["target"], folder)
+        except (ValueError, NotImplementedError, RuntimeError, _schedule.Unknown) as error:
+            why = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            found["backward" if gradients else "forward"] = {"note": why}
+            continue
+        found |= {name: _added(counts, name == "backward") for name in (["forward", "backward"][: 1 + gradients])}
+        return found
+    return found
+
+
+def _added(counts: dict[str, _schedule.Count], backward: bool) -> dict[str, Any]:
+    """Return the sum over the kernels of one pass."""
     counts = {name: one for name, one in counts.items() if bool(_BACKWARD.search(name)) == backward}
     cycles = sum(one.cycles for one in counts.values())
     use = sum(one.matmul_use * one.cycles for one in counts.values()) / max(cycles, 1)
-    return config | {"cycles": cycles, "use": use, "kernels": sorted(counts)}
+    return {"cycles": cycles, "use": use, "kernels": sorted(counts)} if counts else {"note": "no kernel was found"}
 
 
 def main() -> None:
@@ -202,33 +217,54 @@ def main() -> None:
         print("row " + json.dumps(row(json.loads(line), folder)), flush=True)
 
 
-def answers(configs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield the counts of programs, one after another, from a process with a folder of dumps of its own."""
-    import subprocess
+class Worker:
+    """A process with a folder of dumps of its own that counts programs, one after another; started at the first.
 
-    folder = tempfile.mkdtemp(prefix="memopt-schedule-")
-    flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-    environment = {**os.environ, "LIBTPU_INIT_ARGS": flags, "MEMOPT_SCHEDULE_DUMP": folder, "JAX_PLATFORMS": "cpu"}
-    try:
-        with subprocess.Popen(
+    Example:
+        >>> with Worker() as worker:
+        ...     pass
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="memopt-schedule-")
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process is not None:
+            self._process.communicate()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def count(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Return the counts of one program, see `row`.
+
+        Raises:
+            RuntimeError: the process ended.
+        """
+        process = self._process = self._process or self._started()
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps(config) + "\n")
+        process.stdin.flush()
+        line = next((one for one in process.stdout if one.startswith("row ")), None)
+        if line is None:
+            raise RuntimeError(f"the worker ended at {config}: run {__file__} by hand to see why")
+        return json.loads(line[4:])
+
+    def _started(self) -> subprocess.Popen[str]:
+        dumps = f"--xla_jf_dump_to={self._folder} --xla_jf_dump_llo_text=true"
+        dumps += " --xla_jf_dump_llo_pass_label_regex=.*final.*"  # the other passes' are 300 MB a program
+        more = {"LIBTPU_INIT_ARGS": dumps, "MEMOPT_SCHEDULE_DUMP": self._folder, "JAX_PLATFORMS": "cpu"}
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
             [sys.executable, __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdin=pipe,
+            stdout=pipe,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=environment,
-        ) as worker:
-            assert worker.stdin is not None and worker.stdout is not None
-            for config in configs:
-                worker.stdin.write(json.dumps(config) + "\n")
-                worker.stdin.flush()
-                line = next((one for one in worker.stdout if one.startswith("row ")), None)
-                if line is None:
-                    raise RuntimeError(f"the worker ended at {config}: run {__file__} by hand to see why")
-                yield json.loads(line[4:])
-            worker.stdin.close()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            env=os.environ | more,
+        )
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def _partly(axis: Sequence[Atom], place: dict[int, int]) -> bool:
     return any(id(a) in place for a in axis)
 
 
-def make(space: Space, found: Found, platform: str, parts: int = 1) -> Call:
+def make(space: Space, found: Found, platform: str, parts: int = 1, kind: str | None = None) -> Call:
     """Choose settings and form for what was found.
 
     Args:
@@ -129,6 +129,7 @@ def make(space: Space, found: Found, platform: str, parts: int = 1) -> Call:
         found: the attention.
         platform: "tpu", "gpu", or anything else for pure JAX.
         parts: into how many parts XLA splits the tokens; tiles of the pure-JAX form are that much larger.
+        kind: the kind of device, such as "v6e", that TPU kernels are laid out for.
     """
     scores = found.scores
     right, left, masks = None, None, []
@@ -151,7 +152,7 @@ def make(space: Space, found: Found, platform: str, parts: int = 1) -> Call:
         columns = math.prod(a.size for a in found.orders["k"][1])
         tiles = lean_blocks(max(1, math.prod((*outer, *heads)) // parts), math.prod(rows), columns, spec)
         return dataclasses.replace(call, form=api.Form(name="lean", blocks=tiles), note="pure JAX")
-    return dataclasses.replace(call, **dict(zip(("form", "note"), _form(space, call, platform), strict=True)))
+    return dataclasses.replace(call, **dict(zip(("form", "note"), _form(space, call, platform, kind), strict=True)))
 
 
 def _tighter(first: int | None, second: int | None) -> int | None:
@@ -159,10 +160,10 @@ def _tighter(first: int | None, second: int | None) -> int | None:
     return min(bounds) if bounds else None
 
 
-def _form(space: Space, call: Call, platform: str) -> tuple[api.Form, str]:
+def _form(space: Space, call: Call, platform: str, kind: str | None) -> tuple[api.Form, str]:
     if platform not in ("tpu", "gpu"):
         return api.Form(name="lean"), "pure JAX"
-    form = api.Form(name=platform)
+    form = api.Form(name=platform, device=kind)
     avals = [space.avals[value] for value in call.operands]
     shapes = jax.eval_shape(lambda *arrays: call._arguments(arrays), *(_shape(aval) for aval in avals))
     why = api.problem(form, call.spec, *shapes)

@@ -116,7 +116,7 @@ class Kernels:
         platform = "cpu" if context.partitioned else getattr(context.target, "platform", "cpu")
         given = sum(aval.size * aval.dtype.itemsize for aval in closed.in_avals)
         least_bytes = 0 if self.gated_mlps else max(_LEAST_BYTES, _LEAST_SHARE * given)
-        work = _Work(platform, self, least_bytes, _parts(closed, context))
+        work = _Work(platform, self, least_bytes, _parts(closed, context), getattr(context.target, "kind", None))
         base = work.level(c.open_jaxpr(closed))
         if not work.rows and not work.left:
             return None
@@ -127,9 +127,11 @@ class Kernels:
 class _Work(Walk):
     """One rewrite of a step by kernels."""
 
-    def __init__(self, platform: str, settings: Kernels, least_bytes: float, parts: _loss_call.Parts | None):
+    def __init__(
+        self, platform: str, settings: Kernels, least_bytes: float, parts: _loss_call.Parts | None, kind: str | None
+    ):
         super().__init__()
-        self.parts = parts
+        self.parts, self.kind = parts, kind
         self.platform, self.settings, self.least_bytes = platform, settings, least_bytes
 
     def swept(self, jaxpr: Any) -> Any:
@@ -148,8 +150,9 @@ class _Work(Walk):
         space = Space(jaxpr, pair)
         edit = Edit(space)
         if softmax and settings.attention:
-            parts = 1 if self.parts is None else self.parts.tokens
-            make = functools.partial(_attention_call.make, space, platform=self.platform, parts=parts)
+            tokens = 1 if self.parts is None else self.parts.tokens
+            device = {"platform": self.platform, "parts": tokens, "kind": self.kind}
+            make = functools.partial(_attention_call.make, space, **device)
             for call in self._calls(space, _match_attention.find(space), make, quiet, "attention"):
                 edit.replace(call, call.found.out)
                 self.rows.append(_row(space, call, len(self.rows)))

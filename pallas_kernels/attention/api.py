@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from memopt.pallas_kernels._device import default_device
 from memopt.pallas_kernels._dtypes import wide as wide_dtype
 
 from . import gpu, lean, reference, tpu, tpu_backward
@@ -29,11 +30,19 @@ _log = logging.getLogger("memopt.pallas_kernels")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Form:
-    """A way to compute attention: which code, block sizes (None: chosen by shape), and whether kernels are emulated."""
+    """A way to compute attention.
+
+    Attributes:
+        name: which code.
+        blocks: block sizes, None: chosen by shape.
+        interpret: whether kernels are emulated.
+        device: the kind of device that TPU kernels are laid out for, None: JAX's default one. All compute the same.
+    """
 
     name: Implementation
     blocks: tuple[int, int] | None = None
     interpret: bool = False
+    device: str | None = None
 
 
 def attention(
@@ -171,7 +180,8 @@ def run(form: Form, spec: Spec, q, k, v, bias, extras: Extras):
 def forward(form: Form, spec: Spec, q, k, v, bias, extras: Extras) -> tuple[jax.Array, jax.Array]:
     """Return the output and the log-sum-exp of each row in two parts, see `lean.forward`."""
     if form.name == "tpu":
-        return tpu.forward(spec, q, k, v, bias, extras, form.blocks, form.interpret)
+        device = form.device or default_device()
+        return tpu.forward(spec, q, k, v, bias, extras, form.blocks, form.interpret, device)
     if form.name == "gpu":
         return gpu.forward(spec, q, k, v, bias, extras, form.blocks, form.interpret)
     return lean.forward(spec, q, k, v, bias, extras, form.blocks)
@@ -181,7 +191,8 @@ def backward(form: Form, spec: Spec, q, k, v, bias, extras: Extras, out, lse, co
     """Return the gradients of q, k, v and bias (None without one) from what `forward` returned."""
     operands = (q, k, v, bias, extras, out, lse, cotangent)
     if form.name == "tpu":
-        grads = tpu_backward.backward(spec, *operands, form.blocks, form.interpret)
+        device = form.device or default_device()
+        grads = tpu_backward.backward(spec, *operands, form.blocks, form.interpret, device)
     elif form.name == "gpu":
         grads = gpu.backward(spec, *operands, form.blocks, form.interpret)
     else:

@@ -21,32 +21,34 @@ from . import tiles
 from .spec import LOWEST, Extras, Spec, visits
 from .tpu_parts import (
     FIRST,
-    KEYS_AT_ONCE,
     LANES,
     LAST,
     Kind,
     Layout,
     Part,
+    Tiling,
     cost,
     counted,
     flags_of,
     for_each_kind,
+    forward_parts,
     kinds,
-    parts,
+    tiling,
 )
 
 LOG2E, LN2 = 1.4426950408889634, 0.6931471805599453
 VMEM_BYTES = 100 * 2**20  # what a kernel may take of the 128 MiB of v5e, v5p and v6e
 
 
-def block_sizes(queries: int, keys: int, head_dim: int, spec: Spec, device: str = "tpu") -> tuple[int, int]:
-    """Choose the blocks of the kernels: a pure function of shape and device.
+def block_sizes(queries: int, keys: int, head_dim: int, spec: Spec, backward: bool = True) -> tuple[int, int]:
+    """Choose the blocks of the kernels: a pure function of shape; in what parts a device takes them says `tiling`.
 
     Args:
         queries, keys: lengths.
         head_dim: the larger of both head sizes.
-        spec: the settings; a block mask fixes the size.
-        device: kind of device; all TPUs from v5e on are treated alike.
+        spec: the settings; a block mask fixes the size. Where nothing is hidden, the forward kernel takes twice as many
+            queries at once, unless that would pad them more.
+        backward: whether it is for the backward kernels.
 
     Returns:
         `(block_q, block_k)`, multiples of 128.
@@ -58,7 +60,9 @@ def block_sizes(queries: int, keys: int, head_dim: int, spec: Spec, device: str 
     if spec.blocks:
         return spec.blocks[0], spec.blocks[0]
     limit = 1024 if head_dim <= 128 else 512
-    return tuple(min(limit, -(-length // LANES) * LANES) for length in (queries, keys))
+    more = 1 if backward or spec.hides or -(-queries // limit) % 2 else 2
+    sizes = zip((more * limit, limit), (queries, keys), strict=True)
+    return tuple(min(size, -(-length // LANES) * LANES) for size, length in sizes)
 
 
 def layout(q: jax.Array, k: jax.Array, blocks: tuple[int, int]) -> Layout:
@@ -75,14 +79,19 @@ def forward(
     extras: Extras,
     blocks: tuple[int, int] | None = None,
     interpret: bool = False,
+    device: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Compute attention in one kernel; arguments and results as in `lean.forward`, `interpret` runs it on a CPU.
+
+    `device` is the kind of device that it is made for, see `tiling`: another one computes the same.
 
     Both parts of the log-sum-exp are in units of log 2 here, the units of the scores inside the kernels.
 
     Source: Dao 2023, "FlashAttention-2", algorithm 1.
     """
-    lay = layout(q, k, blocks or block_sizes(q.shape[1], k.shape[1], max(q.shape[3], v.shape[3]), spec))
+    width = max(q.shape[3], v.shape[3])
+    blocks = blocks or block_sizes(q.shape[1], k.shape[1], width, spec, backward=False)
+    lay, how = layout(q, k, blocks), tiling(width, device)
     walk = visits(spec, lay.queries, lay.keys, lay.block_q, lay.block_k)
     q, k, v = (by_heads(x, size) for x, size in ((q, lay.block_q), (k, lay.block_k), (v, lay.block_k)))
     operands, specs, names = extra_operands(spec, lay, bias, extras)
@@ -110,14 +119,14 @@ def forward(
         ],
     )
     call = pl.pallas_call(
-        functools.partial(_kernel, spec, lay, names, kinds(spec, lay, walk, names)),
+        functools.partial(_kernel, spec, lay, how, names, kinds(spec, lay, walk, names)),
         grid_spec=grid,
         out_shape=shapes,
         compiler_params=compiler_params(),
         cost_estimate=cost(
             lay,
             q.shape[3] + v.shape[3],
-            [(n, parts(spec, lay, kind, KEYS_AT_ONCE)) for kind, n in counted(spec, lay, walk, names)],
+            [(n, forward_parts(spec, lay, kind, how)) for kind, n in counted(spec, lay, walk, names)],
             (q, k, v, *operands, *shapes),
         ),
         interpret=interpret,
@@ -128,7 +137,9 @@ def forward(
     return out[:, :, : lay.queries].swapaxes(1, 2), lse[..., : lay.queries]
 
 
-def _kernel(spec: Spec, lay: Layout, names, shown, rows_ref, columns_ref, flags_ref, q_ref, k_ref, v_ref, *refs):
+def _kernel(
+    spec: Spec, lay: Layout, how: Tiling, names, shown, rows_ref, columns_ref, flags_ref, q_ref, k_ref, v_ref, *refs
+):
     extra_refs, (out_ref, lse_ref, top_ref, total_ref, acc_ref) = refs[: len(names)], refs[len(names) :]
     step, head = pl.program_id(2), pl.program_id(0) * lay.heads + pl.program_id(1)
     flags = flags_ref[step]
@@ -145,10 +156,11 @@ def _kernel(spec: Spec, lay: Layout, names, shown, rows_ref, columns_ref, flags_
         return tile, tile.scores(q_ref[0, 0, part.queries], k_ref[0, 0, part.keys], kind.masked)[0]
 
     def update(kind: Kind):
-        taken = parts(spec, lay, kind, KEYS_AT_ONCE)
-        made = [scored(kind, part) for part in taken[:1]]
+        taken, ahead = forward_parts(spec, lay, kind, how), how.ahead
+        made = [scored(kind, part) for part in taken[:ahead]]
         for place, part in enumerate(taken):
-            made += [scored(kind, one) for one in taken[place + 1 : place + 2]]  # runs beside this part's exponentials
+            next_one = taken[place + ahead : place + ahead + 1]  # runs beside this part's exponentials
+            made += [scored(kind, one) for one in next_one]
             tile, scores = made[place]
             running = (ref.at[:, part.queries] for ref in (top_ref, total_ref, acc_ref))
             _accumulate(spec, scores, tile.factors(head), v_ref[0, 0, part.keys], *running)

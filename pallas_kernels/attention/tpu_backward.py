@@ -36,12 +36,14 @@ from .tpu_parts import (
     LAST,
     Kind,
     Part,
+    Tiling,
     cost,
     counted,
     flags_of,
     for_each_kind,
     kinds,
     parts,
+    tiling,
 )
 
 HELD_BYTES = 32 * 2**20  # the float32 gradient of a group's queries that one kernel holds in VMEM
@@ -61,6 +63,7 @@ def backward(
     cotangent: jax.Array,
     blocks: tuple[int, int] | None = None,
     interpret: bool = False,
+    device: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Compute the gradients of q, k and v; arguments and results as in `lean.backward`.
 
@@ -69,7 +72,8 @@ def backward(
 
     Source: Dao 2023, "FlashAttention-2", algorithm 2.
     """
-    lay = layout(q, k, blocks or block_sizes(q.shape[1], k.shape[1], max(q.shape[3], v.shape[3]), spec))
+    width = max(q.shape[3], v.shape[3])
+    lay, how = layout(q, k, blocks or block_sizes(q.shape[1], k.shape[1], width, spec)), tiling(width, device)
     walk = visits(spec, lay.queries, lay.keys, lay.block_q, lay.block_k)
     delta = jnp.einsum("bqhd,bqhd->bhq", out, cotangent, preferred_element_type=jnp.float32)
     fill = (-lay.queries) % lay.block_q
@@ -81,10 +85,10 @@ def backward(
     operands = (q, k, v, cotangent, lse, delta)
     columns = walk.by_column()
     if _is_held(lay, q.shape[2], q.shape[3], len(walk.rows)):
-        dq, dk, dv = _key_gradients(spec, lay, columns, operands, bias, extras, interpret, with_queries=True)
+        dq, dk, dv = _key_gradients(spec, lay, how, columns, operands, bias, extras, interpret, with_queries=True)
     else:
-        dq = _query_gradient(spec, lay, walk, operands, bias, extras, interpret)
-        dk, dv = _key_gradients(spec, lay, columns, operands, bias, extras, interpret)
+        dq = _query_gradient(spec, lay, how, walk, operands, bias, extras, interpret)
+        dk, dv = _key_gradients(spec, lay, how, columns, operands, bias, extras, interpret)
     dq, dk, dv = (x.swapaxes(1, 2) for x in (dq, dk, dv))
     return dq[:, : lay.queries], dk[:, : lay.keys], dv[:, : lay.keys]
 
@@ -94,7 +98,7 @@ def _is_held(lay: Layout, queries: int, head_dim: int, visits: int) -> bool:
     return lay.group * queries * head_dim * 4 <= HELD_BYTES and visits * lay.group <= HELD_VISITS
 
 
-def _query_gradient(spec: Spec, lay: Layout, walk: Visits, operands, bias, extras: Extras, interpret: bool):
+def _query_gradient(spec: Spec, lay: Layout, how: Tiling, walk: Visits, operands, bias, extras, interpret: bool):
     q, k, v = operands[:3]
     extra, extra_specs, names = extra_operands(spec, lay, bias, extras)
     q_block = pl.BlockSpec((1, 1, lay.block_q, q.shape[3]), lambda b, h, t, i, j, f: (b, h, i[t], 0))
@@ -113,11 +117,11 @@ def _query_gradient(spec: Spec, lay: Layout, walk: Visits, operands, bias, extra
         scratch_shapes=[pltpu.VMEM((q.shape[3], lay.block_q), jnp.float32)],
     )
     call = pl.pallas_call(
-        functools.partial(_query_kernel, spec, lay, names, kinds(spec, lay, walk, names)),
+        functools.partial(_query_kernel, spec, lay, how, names, kinds(spec, lay, walk, names)),
         grid_spec=grid,
         out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
         compiler_params=compiler_params(),
-        cost_estimate=_cost(spec, lay, walk, names, 2 * q.shape[3] + v.shape[3], (*operands, *extra, q)),
+        cost_estimate=_cost(spec, lay, how, walk, names, 2 * q.shape[3] + v.shape[3], (*operands, *extra, q)),
         interpret=interpret,
         name="memopt_attention_dq",
     )
@@ -125,7 +129,7 @@ def _query_gradient(spec: Spec, lay: Layout, walk: Visits, operands, bias, extra
     return call(jnp.asarray(walk.rows), jnp.asarray(walk.columns), jnp.asarray(flags), *operands, *extra)
 
 
-def _query_kernel(spec: Spec, lay: Layout, names, shown, rows_ref, columns_ref, flags_ref, *refs):
+def _query_kernel(spec: Spec, lay: Layout, how: Tiling, names, shown, rows_ref, columns_ref, flags_ref, *refs):
     ins, extra_refs, (dq_ref, acc_ref) = refs[:6], refs[6:-2], refs[-2:]
     step, head = pl.program_id(2), pl.program_id(0) * lay.heads + pl.program_id(1)
     flags = flags_ref[step]
@@ -136,7 +140,7 @@ def _query_kernel(spec: Spec, lay: Layout, names, shown, rows_ref, columns_ref, 
 
     def update(kind: Kind):
         extra = dict(zip(names, extra_refs, strict=True))
-        for part in _parts(spec, lay, kind):
+        for part in _parts(spec, lay, kind, how):
             tile = Tile(spec, lay, extra, rows_ref[step], columns_ref[step], part)
             _, ds = _gradients(spec, tile, head, ins, kind.masked)
             k = ins[1][0, 0, part.keys]
@@ -150,7 +154,15 @@ def _query_kernel(spec: Spec, lay: Layout, names, shown, rows_ref, columns_ref, 
 
 
 def _key_gradients(
-    spec: Spec, lay: Layout, walk: Visits, operands, bias, extras: Extras, interpret: bool, with_queries: bool = False
+    spec: Spec,
+    lay: Layout,
+    how: Tiling,
+    walk: Visits,
+    operands,
+    bias,
+    extras: Extras,
+    interpret: bool,
+    with_queries: bool = False,
 ):
     q, k, v = operands[:3]
     ungrouped, (walk, member) = walk, _for_group(walk, lay.group)
@@ -184,7 +196,8 @@ def _key_gradients(
             lambda b, h, t, i, j, f, e: (b, h * lay.group + (e[t] >> OUT_HEAD_SHIFT), (e[t] >> 2) & OUT_ROWS, 0),
         )
         out_specs, out_shape = [q_out, *out_specs], [jax.ShapeDtypeStruct(q.shape, q.dtype), *out_shape]
-        scratch.append((lay.group * blocks, q.shape[3], lay.block_q))
+        held = (lay.block_q, q.shape[3]) if how.by_rows else (q.shape[3], lay.block_q)
+        scratch.append((lay.group * blocks, *held))
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(lists),
         grid=(lay.batch, lay.kv_heads, len(walk.rows)),
@@ -201,11 +214,11 @@ def _key_gradients(
     )
     width = (3 if with_queries else 2) * q.shape[3] + 2 * v.shape[3]
     call = pl.pallas_call(
-        functools.partial(_key_kernel, spec, lay, names, kinds(spec, lay, walk, names), len(lists)),
+        functools.partial(_key_kernel, spec, lay, how, names, kinds(spec, lay, walk, names), len(lists)),
         grid_spec=grid,
         out_shape=tuple(out_shape),
         compiler_params=compiler_params(),
-        cost_estimate=_cost(spec, lay, ungrouped, names, width, (*operands, *extra, *out_shape)),
+        cost_estimate=_cost(spec, lay, how, ungrouped, names, width, (*operands, *extra, *out_shape)),
         interpret=interpret,
         name="memopt_attention_gradients" if with_queries else "memopt_attention_dkv",
     )
@@ -245,7 +258,7 @@ def _regrouped(block, head):
     return pl.BlockSpec(block.block_shape, lambda b, h, t, i, j, f, *_: index(b, head(b, h, t, f), t, i, j, f))
 
 
-def _key_kernel(spec: Spec, lay: Layout, names, shown, lists: int, rows_ref, columns_ref, flags_ref, *refs):
+def _key_kernel(spec: Spec, lay: Layout, how: Tiling, names, shown, lists, rows_ref, columns_ref, flags_ref, *refs):
     ends_ref = refs[0] if lists == 4 else None
     refs = refs[lists - 3 :]
     ins, extra_refs, outs = refs[:6], refs[6 : 6 + len(names)], refs[6 + len(names) :]
@@ -269,13 +282,15 @@ def _key_kernel(spec: Spec, lay: Layout, names, shown, lists: int, rows_ref, col
 
     def update(kind: Kind):
         extra = dict(zip(names, extra_refs, strict=True))
-        for part in _parts(spec, lay, kind):
+        for part in _parts(spec, lay, kind, how):
             tile = Tile(spec, lay, extra, row, columns_ref[step], part)
             weights, ds = _gradients(spec, tile, head, ins, kind.masked)
             q, k, cotangent = ins[0][0, 0, part.queries], ins[1][0, 0, part.keys], ins[3][0, 0, part.queries]
             dv_acc[part.keys] += dot(weights.astype(cotangent.dtype), cotangent, 1, 0)
             dk_acc[part.keys] += dot(ds.astype(q.dtype), q, 1, 0)
-            if dq_acc is not None:
+            if dq_acc is not None and how.by_rows:
+                dq_acc[held, part.queries] += dot(ds.astype(k.dtype), k, 0, 0)
+            elif dq_acc is not None:
                 dq_acc[held, :, part.queries] += dot(k, ds.astype(k.dtype), 0, 0)
 
     for_each_kind(shown, flags, update)
@@ -289,19 +304,21 @@ def _key_kernel(spec: Spec, lay: Layout, names, shown, lists: int, rows_ref, col
 
         @pl.when(ends_ref[step] & LAST != 0)
         def _():
-            dq_ref[0, 0] = (dq_acc[held] * spec.scale).T.astype(dq_ref.dtype)
+            dq = dq_acc[held] * spec.scale
+            dq_ref[0, 0] = (dq if how.by_rows else dq.T).astype(dq_ref.dtype)
 
 
-def _parts(spec: Spec, lay: Layout, kind: Kind) -> list[Part]:
+def _parts(spec: Spec, lay: Layout, kind: Kind, how: Tiling) -> list[Part]:
     """Return the parts of a block: many where some of it is hidden; else few, whose matmuls are longer."""
-    return parts(spec, lay, kind, KEYS_AT_ONCE if kind.distance is not None else 4 * KEYS_AT_ONCE)
+    return parts(spec, lay, kind, KEYS_AT_ONCE if kind.distance is not None else how.back_keys)
 
 
 def _cost(
-    spec: Spec, lay: Layout, walk: Visits, names: tuple[str, ...], width: int, arrays: Sequence[Any]
+    spec: Spec, lay: Layout, how: Tiling, walk: Visits, names: tuple[str, ...], width: int, arrays: Sequence[Any]
 ) -> pl.CostEstimate:
     """Return what a kernel costs: `width` is the sum of the head sizes over the products of a tile."""
-    return cost(lay, width, [(n, _parts(spec, lay, kind)) for kind, n in counted(spec, lay, walk, names)], arrays)
+    taken = [(n, _parts(spec, lay, kind, how)) for kind, n in counted(spec, lay, walk, names)]
+    return cost(lay, width, taken, arrays)
 
 
 def _gradients(spec: Spec, tile: Tile, head, ins, masked: bool):

@@ -21,7 +21,48 @@ from .spec import CUT, HIDDEN, PARTIAL, WHOLE, Spec, Visits, distances, shown_ro
 LANES = 128
 FIRST, LAST = 1, 2  # bits of a visit: it opens or closes an output block; three bits for its kind, head bits above
 KIND_SHIFT, KIND_BITS, HEAD_SHIFT = 2, 7, 5
-KEYS_AT_ONCE = 128  # a tile is taken by so many keys, whose exponentials run beside the next ones' products
+KEYS_AT_ONCE = 128  # of a block that a mask cuts, so many keys are taken at once: what no query sees is left out
+_WIDE = ("v6", "7x")  # in the names of devices whose matmul units take 256 x 256
+
+
+class Tiling(NamedTuple):
+    """In what parts a block is taken. A part's exponentials run beside the products of the next ones.
+
+    Attributes:
+        keys, queries: of a part of a whole block, forward.
+        ahead: parts whose scores are made before the exponentials of one.
+        back_keys: keys of a part of a whole block, backward.
+        by_rows: whether q's gradient is queries x head size: then scores' gradients are turned for it, else keys are.
+    """
+
+    keys: int
+    queries: int
+    ahead: int
+    back_keys: int
+    by_rows: bool
+
+
+def is_wide(device: str | None) -> bool:
+    """Whether a kind of device has matmul units of 256 x 256; None is taken for v5e, which has not."""
+    return device is not None and any(name in device for name in _WIDE)
+
+
+def tiling(head_dim: int, device: str | None = None) -> Tiling:
+    """Choose the parts of blocks: a pure function of shape and device, found by static counts of cycles.
+
+    Args:
+        head_dim: the larger of both head sizes.
+        device: a target's kind or a device's, such as "v6e" or "TPU v6 lite"; None is taken for v5e.
+
+    Example:
+        >>> tiling(128, "TPU v6 lite").keys, tiling(128).keys
+        (256, 128)
+    """
+    if is_wide(device):
+        return Tiling(keys=256, queries=512, ahead=3, back_keys=512, by_rows=False)
+    if head_dim > 64:
+        return Tiling(keys=128, queries=256, ahead=2, back_keys=1024, by_rows=True)
+    return Tiling(keys=128, queries=512, ahead=2, back_keys=512, by_rows=False)
 
 
 class Layout(NamedTuple):
@@ -79,21 +120,26 @@ def kinds(spec: Spec, lay: Layout, walk: Visits, names: tuple[str, ...]) -> tupl
     return tuple(Kind(n, n != WHOLE, found[n - CUT] if n >= CUT else None) for n in sorted(set(numbers.tolist())))
 
 
-def parts(spec: Spec, lay: Layout, kind: Kind, at_once: int) -> list[Part]:
+def parts(spec: Spec, lay: Layout, kind: Kind, at_once: int, queries: int | None = None) -> list[Part]:
     """Return the parts in which a block of a kind is taken: so many keys each, with the queries that may see them.
 
-    A part that no query sees is left out.
+    A part that no query sees is left out. With `queries` a part has at most so many.
     """
-    found = []
+    found, wide = [], queries or lay.block_q
     for first in range(0, lay.block_k, at_once):
         last = min(first + at_once, lay.block_k)
         low, high = 0, lay.block_q
         if kind.distance is not None:
             low, high = shown_rows(spec, kind.distance, lay.block_q, first, last - 1)
             low, high = low // LANES * LANES, min(-(-high // LANES) * LANES, lay.block_q)
-        if low < high:
-            found.append(Part(slice(low, high), slice(first, last)))
+        for start in range(low // wide * wide, high, wide) if low < high else ():
+            found.append(Part(slice(max(low, start), min(high, start + wide)), slice(first, last)))
     return found
+
+
+def forward_parts(spec: Spec, lay: Layout, kind: Kind, how: Tiling) -> list[Part]:
+    """Return the parts of a block in the forward pass: of few keys where some of it is hidden."""
+    return parts(spec, lay, kind, how.keys if kind.distance is None else KEYS_AT_ONCE, how.queries)
 
 
 def for_each_kind(kinds: tuple[Kind, ...], flags, update) -> None:

@@ -12,8 +12,8 @@ from jax.ad_checkpoint import checkpoint_policies
 
 import memopt
 from memopt.pallas_kernels import attention
+from memopt.pallas_kernels.attention import api, tpu, tpu_backward, tpu_parts
 from memopt.pallas_kernels.attention import spec as specs
-from memopt.pallas_kernels.attention import tpu_backward, tpu_parts
 from tests.pallas_kernels.attention_cases import CASES, ERRORS, Case, operands
 
 FORMS = ("lean", "tpu", "gpu")
@@ -42,7 +42,7 @@ def _value_and_gradients(case: Case, dtype, **form):
 
 def _assert_close(case: Case, dtype: str, form: str, blocks=None):
     interpret = {"interpret": True} if form != "lean" else {}
-    sizes = (128, 128) if "block_mask" in case.settings and form == "lean" else BLOCKS[form]
+    sizes = blocks or ((128, 128) if "block_mask" in case.settings and form == "lean" else BLOCKS[form])
     try:
         got = _value_and_gradients(case, dtype, implementation=form, blocks=sizes, **interpret)
     except NotImplementedError as error:
@@ -93,6 +93,47 @@ def test_blocks_that_the_diagonal_or_a_window_cuts_are_taken_in_parts(name, held
     _assert_close(Case(name, shape, settings), "float32", "tpu", blocks)
 
 
+@pytest.mark.parametrize("device", ["v5e", "TPU v6 lite"])
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_the_kernels_equal_the_reference_however_a_device_has_blocks_taken(device, head_dim, monkeypatch):
+    how = tpu_parts.tiling(head_dim, device)
+    assert how != tpu_parts.tiling(head_dim, "v5e" if device != "v5e" else "v6e")
+    monkeypatch.setattr(api, "default_device", lambda: device)
+    _assert_close(Case(device, (1, 600, 600, 1, 1, head_dim, head_dim), {}), "float32", "tpu", (640, 384))
+    if head_dim > 64:
+        _assert_close(Case(device, (1, 300, 300, 2, 1, 128, 128), {"is_causal": True}), "float32", "tpu", (256, 256))
+
+
+def test_the_device_that_kernels_are_laid_out_for_is_the_default_one(monkeypatch):
+    assert api.default_device() is None  # a CPU
+    asked = []
+    forward = tpu.forward
+    monkeypatch.setattr(tpu, "forward", lambda *args: asked.append(args[-1]) or forward(*args))
+    q = jax.ShapeDtypeStruct((1, 256, 1, 64), jnp.bfloat16)
+    spec, extras = specs.Spec(scale=1.0), specs.Extras()
+    for form in (api.Form(name="tpu"), api.Form(name="tpu", device="v6e")):
+        jax.eval_shape(lambda q, form=form: api.forward(form, spec, q, q, q, None, extras), q)
+    assert asked == [None, "v6e"]
+
+
+@pytest.mark.parametrize(
+    ("queries", "backward", "settings", "sizes"),
+    [
+        (4096, False, {}, (2048, 1024)),
+        (4096, False, {"causal": True}, (1024, 1024)),
+        (4096, True, {}, (1024, 1024)),
+        (2500, False, {}, (1024, 1024)),  # 2,048 at once would pad 1,596 rows in place of 572
+        (1500, False, {}, (1536, 1024)),
+    ],
+)
+def test_block_sizes_are_a_function_of_shape(queries, backward, settings, sizes):
+    spec = specs.Spec(scale=1.0, **settings)
+    assert tpu.block_sizes(queries, 8192, 128, spec, backward) == sizes
+    assert max(tpu.block_sizes(queries, 8192, 256, spec, backward)) <= 1024
+    assert tpu.block_sizes(300, 200, 64, spec, backward) == (384, 256)
+
+
+@pytest.mark.parametrize("at_once", [(128, None), (128, 256), (128, 512), (256, 512)], ids=str)
 @pytest.mark.parametrize("blocks", [(128, 128), (256, 512), (512, 256), (384, 640)])
 @pytest.mark.parametrize(
     "settings",
@@ -106,7 +147,7 @@ def test_blocks_that_the_diagonal_or_a_window_cuts_are_taken_in_parts(name, held
     ],
     ids=str,
 )
-def test_parts_of_a_block_hold_every_allowed_pair_once(settings, blocks):
+def test_parts_of_a_block_hold_every_allowed_pair_once(settings, blocks, at_once):
     spec, queries, keys = specs.Spec(scale=1.0, **settings), 1300, 1100
     lay = tpu_parts.Layout(1, 1, 1, queries, keys, *blocks)
     walk = specs.visits(spec, queries, keys, *blocks)
@@ -121,7 +162,8 @@ def test_parts_of_a_block_hold_every_allowed_pair_once(settings, blocks):
     for i, j, number in zip(walk.rows, walk.columns, numbers, strict=True):
         if number == specs.HIDDEN:
             continue
-        for q, k in tpu_parts.parts(spec, lay, kinds[number], 128):
+        for q, k in tpu_parts.parts(spec, lay, kinds[number], *at_once):
+            assert 0 < q.stop - q.start <= (at_once[1] or blocks[0]) and 0 < k.stop - k.start <= at_once[0]
             rows = slice(i * blocks[0] + q.start, i * blocks[0] + q.stop)
             columns = slice(j * blocks[1] + k.start, j * blocks[1] + k.stop)
             computed[rows, columns] += 1
@@ -130,7 +172,7 @@ def test_parts_of_a_block_hold_every_allowed_pair_once(settings, blocks):
     computed = computed[:queries, :keys]
     assert computed.max() == 1 and computed[allowed].all()
     cut = [kind for kind in kinds.values() if kind.distance is not None]
-    if cut and min(blocks) > 128 and settings != {"window": (700, 300)}:
+    if cut and min(blocks) > at_once[0] and settings != {"window": (700, 300)}:
         assert computed.sum() < sum(blocks[0] * blocks[1] for n in numbers if n != specs.HIDDEN)
 
 
@@ -377,7 +419,8 @@ def _targets():
 
 
 @pytest.mark.parametrize(("target", "shape", "settings"), list(_targets()))
-def test_the_kernels_compile_for_tpus_with_no_scores_in_memory(target, shape, settings):
+def test_the_kernels_compile_for_tpus_with_no_scores_in_memory(target, shape, settings, monkeypatch):
+    monkeypatch.setattr(api, "default_device", lambda: target.split(":")[1])
     step, arguments = _compile_arguments(shape, settings, jnp.bfloat16)
     memory = memopt.measure(step, *arguments, target=target)
     batch, queries, keys, heads = shape[:4]

@@ -155,12 +155,33 @@ def test_contrastive_loss_is_the_mean_of_both_directions():
     np.testing.assert_allclose(contrastive_loss(first, second, scale=2.0), (both[0] + both[1]) / 2, rtol=2e-6)
 
 
+@pytest.mark.parametrize("form", ["lean", "tpu"])
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_nan_and_infinity_reach_their_token_and_no_other(value):
-    hidden = jnp.ones((6, 8)).at[2, 0].set(value)
-    weight = jnp.asarray(np.random.default_rng(0).normal(size=(8, 20)), jnp.float32)
-    loss = linear_cross_entropy(hidden, weight, jnp.zeros(6, jnp.int32), implementation="lean", blocks=(8, 8))
-    assert np.isfinite(np.asarray(loss)).tolist() == [token != 2 for token in range(6)]
+def test_nan_and_infinity_reach_their_token_and_no_other(form, value):
+    hidden = jnp.ones((6, 128)).at[2, 0].set(value)
+    weight = jnp.asarray(np.random.default_rng(0).normal(size=(128, 200)), jnp.float32)
+    how = {"implementation": form, "blocks": (128, 128), "interpret": form == "tpu"}
+
+    def losses(hidden):
+        return linear_cross_entropy(hidden, weight, jnp.zeros(6, jnp.int32), **how)
+
+    loss, pull = jax.vjp(losses, hidden)
+    for rows in (loss[:, None], pull(jnp.ones(6))[0]):
+        assert np.isfinite(np.asarray(rows)).all(axis=1).tolist() == [token != 2 for token in range(6)]
+
+
+@pytest.mark.parametrize("form", ["lean", "tpu"])
+def test_where_all_tokens_are_ignored_loss_and_gradients_are_zero(form):
+    random = np.random.default_rng(0)
+    hidden, weight = (jnp.asarray(random.normal(size=shape), jnp.float32) for shape in ((20, 128), (128, 200)))
+    how = {"implementation": form, "blocks": (128, 128), "interpret": form == "tpu"}
+    settings = {"ignore_index": -1, "label_smoothing": 0.1, "z_loss": 0.01}
+
+    def losses(hidden, weight):
+        return linear_cross_entropy(hidden, weight, jnp.full(20, -1, jnp.int32), **settings, **how)
+
+    loss, pull = jax.vjp(losses, hidden, weight)
+    assert not any(np.asarray(x).any() for x in (loss, *pull(jnp.ones(20))))
 
 
 H = np.zeros((4, 8), np.float32)

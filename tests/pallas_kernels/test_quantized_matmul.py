@@ -4,6 +4,7 @@ In: a table of shapes and settings. The kernels run in interpret mode, and libtp
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -118,6 +119,23 @@ def test_zeros_nan_and_infinity():
     out = np.asarray(quantized_matmul(x, weight, implementation="lean"))
     assert out[0].tolist() == [1, 0, 0, 0]
     assert np.isnan(out[1]).all() and not np.isfinite(out[2]).any()
+
+
+@pytest.mark.parametrize("activations", [None, "int8"])
+@pytest.mark.parametrize("form", ["lean", "tpu"])
+def test_special_rows_reach_no_other_and_extreme_ones_keep_their_precision(form, activations):
+    random = np.random.default_rng(0)
+    factors = np.ones((40, 1))
+    factors[:4, 0] = np.nan, np.inf, 1e30, 1e-30
+    x = jnp.asarray(random.normal(size=(40, 256)) * factors, jnp.float32).at[5].set(0)
+    weight = quantize_weight(jnp.asarray(random.normal(size=(256, 128)), jnp.float32), 8, 128)
+    call = functools.partial(quantized_matmul, weight=weight, activations=activations)
+    out = call(x, implementation=form, blocks=(32, 128, 128), interpret=form == "tpu")
+    want = call(x, implementation="reference")
+    assert not np.isfinite(out[:2]).any() and np.isfinite(out[2:]).all()
+    assert not out[5].any()
+    errors = np.abs(out - want)[2:].max(axis=1)
+    assert (errors <= 2 * ERRORS["float32"] * np.abs(want)[2:].max(axis=1)).all()
 
 
 def test_a_frozen_weight_has_no_gradient_and_a_step_may_be_mapped_and_scanned():

@@ -17,6 +17,7 @@ from memopt._contract import Context
 from memopt._planner import make_ladder
 from memopt._target import Target
 from memopt.models import steps
+from memopt.pallas_kernels.attention import tpu, tpu_backward
 from memopt.passes.kernels import Kernels
 from memopt.passes.remat import Remat
 from tests import eager
@@ -145,16 +146,27 @@ def test_a_checkpointed_layer_in_a_loop_is_one_attention():
     _equal(before, after, arguments, 5e-6)
 
 
+def _naive(q, k, v):
+    weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * 0.125)
+    return jnp.sin(jnp.einsum("bhqk,bkhd->bqhd", weights, v)).sum()
+
+
 @pytest.mark.parametrize("target", ["tpu:v5e:1x1", "gpu:h100"])
 def test_the_platform_decides_on_the_kernel(target):
-    def loss(q, k, v):
-        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * 0.125)
-        return jnp.sin(jnp.einsum("bhqk,bkhd->bqhd", weights, v)).sum()
-
     q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
-    result, after = _rewritten(_flat(jax.grad(loss, (0, 1, 2)), (q, q, q)), Target.parse(target))
+    result, after = _rewritten(_flat(jax.grad(_naive, (0, 1, 2)), (q, q, q)), Target.parse(target))
     assert f"{target[:3]} kernel" in result.rows[0].reason
     assert list(_primitives(after)).count("pallas_call") == {"tpu": 2, "gpu": 3}[target[:3]]
+
+
+def test_kernels_are_laid_out_for_the_kind_of_the_target(monkeypatch):
+    asked = []
+    for module, name in ((tpu, "forward"), (tpu_backward, "backward")):
+        run = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, run=run: asked.append((run.__name__, args[-1])) or run(*args))
+    q = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
+    _rewritten(_flat(jax.grad(_naive, (0, 1, 2)), (q, q, q)), Target.parse("tpu:v6e:1x1"))
+    assert set(asked) == {("forward", "v6e"), ("backward", "v6e")}
 
 
 def test_what_a_kernel_cannot_serve_gets_the_pure_form_and_the_row_says_why():
