@@ -9,7 +9,7 @@ export JAX_PLATFORMS ?= cpu
 BIN = $(VENV)/bin
 BASE = $(VENV)/installed-dev
 FULL = $(VENV)/installed-tpu
-BENCH = pareto fits accuracy planning_time sweep exactness cpu_budgets random_programs fuse_update linear_cross_entropy state_table optimizer_time optimizer_quality optimizer_peers bit_allocation mezo_peak state_peaks sharding sharding_devices sharding_rules multihost
+BENCH = pareto fits accuracy planning_time sweep exactness cpu_budgets random_programs fuse_update linear_cross_entropy kernels cpu_kernels lossless compress frontier frozen offload residual_quality bit_allocation state_table state_peaks optimizer_time optimizer_quality optimizer_peers mezo_peak sharding sharding_devices sharding_rules multihost kernel_schedule
 
 .DEFAULT_GOAL := help
 .PHONY: help run test lint bench clean

@@ -432,3 +432,9 @@ def test_a_forgotten_package_is_seen():
 
 def test_no_installed_package_has_a_generic_name():
     assert {name.split(".")[0] for name in _listed_packages()} == {"memopt"}
+
+
+def test_make_bench_runs_every_experiment():
+    [named] = re.findall(r"^BENCH = (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    scripts = {p.stem for p in (ROOT / "experiments").glob("*.py") if not p.stem.startswith("_")}
+    assert sorted(named.split()) == sorted(scripts - {"train_lm"})  # which `make run` runs
