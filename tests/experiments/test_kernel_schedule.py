@@ -95,8 +95,11 @@ def _rows(ours, theirs, **more):
         (_rows(80, 100), []),
         (_rows(95, 100), ["the median is 0.950"]),
         (_rows(110, 100), ["110 cycles, flash 100 (1.100)", "the median"]),
-        (_rows(80, 100)[:2], ["the others could not be counted"]),
-        ([{k: v for k, v in row.items() if k != "cycles"} for row in _rows(1, 1)], ["memopt could not be counted"]),
+        (_rows(80, 100)[:2], ["memopt or all others could not be counted"]),
+        (
+            [{k: v for k, v in row.items() if k != "cycles"} for row in _rows(1, 1)],
+            ["memopt or all others could not be counted"],
+        ),
     ],
 )
 def test_rows_are_judged_at_their_best_blocks(rows, words):
@@ -104,6 +107,28 @@ def test_rows_are_judged_at_their_best_blocks(rows, words):
     assert len(chosen) == len({row["system"] for row in rows})
     found = kernel_schedule.misses(chosen)
     assert len(found) == len(words) and all(word in one for word, one in zip(words, found, strict=True))
+
+
+def test_lengths_are_counted_outward_from_one_and_sizes_near_the_best_go_on():
+    assert kernel_schedule.chain([8192, 2048, 4096, 16384], 4096) == [
+        (4096, None),
+        (2048, 4096),
+        (8192, 4096),
+        (16384, 8192),
+    ]
+    assert kernel_schedule.chain([1024], 4096) == [(1024, None)]
+    rows = [
+        {"system": system, "blocks": [size, size], "pass": name, **({"cycles": cycles} if cycles else {"note": "no"})}
+        for system, size, name, cycles in [
+            ("memopt", 1, "forward", 10),  # does not count
+            ("flash", 1, "forward", 100),
+            ("flash", 2, "forward", 109),
+            ("flash", 3, "forward", 111),
+            ("splash", 3, "forward", None),
+            ("splash", 3, "backward", 50),
+        ]
+    ]
+    assert kernel_schedule.near(rows, 1.1) == [("flash", [1, 1]), ("flash", [2, 2]), ("splash", [3, 3])]
 
 
 # A kernel that multiplies in every second step, as a table says, for three lengths of its grid.
