@@ -182,10 +182,21 @@ def _reshape(eqn: Any) -> Iterator[Factor]:
     """Tie the major dimensions of each smallest group of dimensions with one product."""
     operand, out = eqn.invars[0], eqn.outvars[0]
     a, b = _shape(operand), _shape(out)
+    for before, after in reshape_majors(a, b):
+        yield _factor((operand, before), (out, after), phase=EARLY)
+
+
+def reshape_majors(a: tuple[int, ...], b: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """Yield the major dimension, the first above one, of each smallest group of dimensions with one product, in both.
+
+    Example:
+      >>> list(reshape_majors((4, 6), (4, 2, 3)))
+      [(0, 0), (1, 1)]
+    """
     for first, second in reshape_groups(a, b):
-        major = next((d for d in first if a[d] > 1), None), next((d for d in second if b[d] > 1), None)
-        if None not in major:
-            yield _factor((operand, major[0]), (out, major[1]), phase=EARLY)
+        before, after = next((d for d in first if a[d] > 1), None), next((d for d in second if b[d] > 1), None)
+        if before is not None and after is not None:
+            yield before, after
 
 
 def reshape_groups(a: tuple[int, ...], b: tuple[int, ...]) -> Iterator[tuple[list[int], list[int]]]:

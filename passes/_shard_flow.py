@@ -53,10 +53,8 @@ def reshaped(before: tuple[int, ...], after: tuple[int, ...], dims: tuple) -> tu
       ('width', 'words', None)
     """
     found = [None] * len(after)
-    for first, second in _local_rules.reshape_groups(before, after):
-        major = next((d for d in first if before[d] > 1), None), next((d for d in second if after[d] > 1), None)
-        if None not in major:
-            found[major[1]] = dims[major[0]]
+    for old, new in _local_rules.reshape_majors(before, after):
+        found[new] = dims[old]
     return tuple(found)
 
 
