@@ -166,14 +166,15 @@ def pack_apart(codes: jax.Array, bits: int, view: tuple[int, ...]) -> jax.Array:
     return _pack(codes, bits, axis).reshape(packed_shape(view, bits))
 
 
-def unpack_apart(packed: jax.Array, bits: int, view: tuple[int, ...], rows: int) -> jax.Array:
-    """Undo `pack_apart`."""
+def unpack_apart(packed: jax.Array, bits: int, view: tuple[int, ...], rows: int, hold: bool) -> jax.Array:
+    """Undo `pack_apart`; `hold` says that what reads the codes works in this shape too."""
     shape = (*view[:-2], view[-2] // rows, rows, view[-1])
     axis = _axis_apart(shape[-3], bits, view) if bits < 8 else None
     if axis is None:
-        return held_apart(unpack(packed, bits, view), shape)
+        codes = unpack(packed, bits, view)
+        return held_apart(codes, shape) if hold else codes.reshape(shape)
     halves = (*shape[:axis], shape[axis] * bits // 8, *shape[axis + 1 :])
-    return _unpack(held_apart(packed, halves), bits, axis, shape[axis])
+    return _unpack(held_apart(packed, halves) if hold else packed.reshape(halves), bits, axis, shape[axis])
 
 
 def held_apart(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

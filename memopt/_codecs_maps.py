@@ -118,6 +118,10 @@ class Dynamic(Mapped):
         values = dynamic_values(self.bits, self.signed)
         return float(max(np.max(np.diff(values)) / 2, 1.0 + values[0] if self.signed else 0.0))
 
+    def for_state(self):
+        """Return it with blocks that run down: XLA:TPU writes the scales of several blocks in a row out in full."""
+        return dataclasses.replace(self, down=True)
+
     def layout(self, shape, dtype) -> Encoded:
         """Return bytes of codes and a scale a block."""
         view = b.view_shape(shape, self.block)
@@ -165,7 +169,7 @@ class Dynamic(Mapped):
         if own is None:
             q = b.to_blocks(b.unpack(encoded.codes, self.bits, view), self.block)
         else:
-            q = b.unpack_apart(encoded.codes, self.bits, view, own)
+            q = b.unpack_apart(encoded.codes, self.bits, view, own, hold=rows is not None)
         q = q.astype(b.work_dtype(encoded.dtype))
         value = self._unmark(b.inside(self._values(q) * jnp.abs(scale), encoded.dtype), q, scale < 0)
         return (b.from_blocks(value, view[-1]) if own is None else value).reshape(self.apart(shape, rows))
@@ -285,7 +289,7 @@ class RankOne(Mapped):
             q = b.to_blocks(b.unpack(encoded.codes, self.bits, view).astype(work), self.block)
             scale = b.load_scales(encoded.scales[0], view, self.block)
             return b.from_blocks(self._dequantize(q, jnp.abs(scale), scale < 0, encoded.dtype), view[-1])
-        q = b.unpack if rows is None else functools.partial(b.unpack_apart, rows=rows)
+        q = b.unpack if rows is None else functools.partial(b.unpack_apart, rows=rows, hold=True)
         q = q(encoded.codes, self.bits, view).astype(work)
         return self._dequantize(q, *self._spread(encoded.scales, q.shape), encoded.dtype)
 
