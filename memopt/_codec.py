@@ -112,6 +112,10 @@ class Codec(abc.ABC):
         validate(encoded)
         return _decode(encoded)
 
+    def for_state(self) -> Codec:
+        """Return the codec in the layout that suits arrays which a step reads and writes whole, such as its state."""
+        return self
+
     def encoded_bytes(self, aval: Any) -> int:
         """Return the bytes of all leaves for an array like this, without a device's padding."""
         leaves = jax.tree.leaves(self.layout(tuple(aval.shape), np.dtype(aval.dtype)))

@@ -128,10 +128,11 @@ def pack(codes: jax.Array, bits: int) -> jax.Array:
       codes: uint8 of any shape with an axis.
       bits: 1, 2, 4 or 8.
     """
-    if bits == 8 or not codes.size:
-        return codes
+    return codes if bits == 8 or not codes.size else _pack(codes, bits, pack_axis(codes.shape, 8 // bits))
+
+
+def _pack(codes: jax.Array, bits: int, axis: int) -> jax.Array:
     each = 8 // bits
-    axis = pack_axis(codes.shape, each)
     part = -(-codes.shape[axis] // each)
     rest = part * each - codes.shape[axis]
     if rest:
@@ -147,10 +148,49 @@ def unpack(packed: jax.Array, bits: int, shape: tuple[int, ...]) -> jax.Array:
     """Undo `pack` for codes of this shape."""
     if bits == 8 or not math.prod(shape):
         return packed
-    each, mask = 8 // bits, np.uint8(2**bits - 1)
-    axis = pack_axis(shape, each)
-    parts = [(packed >> np.uint8(i * bits)) & mask for i in range(each)]
-    return jax.lax.slice_in_dim(jnp.concatenate(parts, axis=axis), 0, shape[axis], axis=axis)
+    axis = pack_axis(shape, 8 // bits)
+    return _unpack(packed, bits, axis, shape[axis])
+
+
+def _unpack(packed: jax.Array, bits: int, axis: int, size: int) -> jax.Array:
+    mask = np.uint8(2**bits - 1)
+    parts = [(packed >> np.uint8(i * bits)) & mask for i in range(8 // bits)]
+    return jax.lax.slice_in_dim(jnp.concatenate(parts, axis=axis), 0, size, axis=axis)
+
+
+def pack_apart(codes: jax.Array, bits: int, view: tuple[int, ...]) -> jax.Array:
+    """Return what `pack` does of codes whose blocks of rows have an axis of their own: `[..., blocks, rows, width]`."""
+    axis = _axis_apart(codes.shape[-3], bits, view) if bits < 8 else None
+    if axis is None:
+        return pack(codes.reshape(view), bits)
+    return _pack(codes, bits, axis).reshape(packed_shape(view, bits))
+
+
+def unpack_apart(packed: jax.Array, bits: int, view: tuple[int, ...], rows: int, hold: bool) -> jax.Array:
+    """Undo `pack_apart`; `hold` says that what reads the codes works in this shape too."""
+    shape = (*view[:-2], view[-2] // rows, rows, view[-1])
+    axis = _axis_apart(shape[-3], bits, view) if bits < 8 else None
+    if axis is None:
+        codes = unpack(packed, bits, view)
+        return held_apart(codes, shape) if hold else codes.reshape(shape)
+    halves = (*shape[:axis], shape[axis] * bits // 8, *shape[axis + 1 :])
+    return _unpack(held_apart(packed, halves) if hold else packed.reshape(halves), bits, axis, shape[axis])
+
+
+def held_apart(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Return an array in another shape, and hold it there: XLA would work in its own, and write out spread scales."""
+    return x if x.shape == shape else jax.lax.optimization_barrier(x.reshape(shape))
+
+
+def _axis_apart(blocks: int, bits: int, view: tuple[int, ...]) -> int | None:
+    """Return the axis along which codes with blocks of rows apart share bytes; None where a byte would span blocks."""
+    each = 8 // bits
+    axis = pack_axis(view, each)
+    if view[axis] % each:
+        return None
+    if axis == len(view) - 2:
+        return axis if blocks % each == 0 else None
+    return axis if axis < len(view) - 2 else axis + 1
 
 
 def finite_range(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -161,6 +201,25 @@ def finite_range(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Ar
     high = jnp.max(jnp.where(finite, x, -np.inf), axes, keepdims=True, initial=-np.inf)
     special = ~jnp.all(finite, axes, keepdims=True)
     return jnp.where(jnp.isfinite(low), low, none), jnp.where(jnp.isfinite(high), high, none), special
+
+
+def largest_finite(x: jax.Array, axes: tuple[int, ...], least: float, signed: bool = False) -> jax.Array:
+    """Return the largest finite magnitude, negative where a value is not finite; axes are kept with size 1.
+
+    It is one reduction of two operands, for XLA:TPU to fuse what makes `x` into it: with several, it writes `x` out.
+
+    Args:
+      x: array of floats.
+      axes: what to reduce, none of them negative.
+      least: the least magnitude to return.
+      signed: take negative numbers as zero.
+    """
+    zero, one = x.dtype.type(0), x.dtype.type(1)
+    finite = jnp.isfinite(x)
+    operands = jnp.where(finite, x if signed else jnp.abs(x), zero), jnp.where(finite, zero, one)
+    most, special = jax.lax.reduce(operands, (zero, zero), lambda a, b: tuple(map(jnp.maximum, a, b)), axes)
+    most = jnp.maximum(jnp.expand_dims(most, axes), x.dtype.type(least))
+    return jnp.where(jnp.expand_dims(special, axes) > 0, -most, most)
 
 
 def inside(x: jax.Array, dtype) -> jax.Array:

@@ -16,13 +16,15 @@ zero).
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from memopt import _codecs_blocks as b
-from memopt._codec import Codec, Encoded, struct
+from memopt._codec import Encoded, struct
+from memopt._codecs_mapped import Mapped
 
 
 def _decades(bits: int, signed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -71,47 +73,8 @@ def _dynamic_value(rank: jax.Array, bits: int, signed: bool) -> jax.Array:
     return jnp.where(rank >= before, kind(1), value)
 
 
-class _Mapped(Codec):
-    """What the maps share: division by a scale, and codes given up for what is not finite."""
-
-    bits: int
-    signed: bool
-
-    def accepts(self, dtype) -> bool:
-        """Take real floating-point arrays."""
-        return b.is_float(dtype)
-
-    def _codes(self, ratio: jax.Array) -> jax.Array:
-        raise NotImplementedError
-
-    def _values(self, codes: jax.Array) -> jax.Array:
-        raise NotImplementedError
-
-    def _specials(self) -> tuple[tuple[int, float], ...]:
-        """Return the codes, of the smallest magnitudes, that blocks with such values give up for them."""
-        zero = 2 ** (self.bits - 1) - 1 if self.signed else 0
-        one, two, three = (zero + 1, zero - 1, zero + 2) if self.signed else (zero + 1, zero + 2, zero + 3)
-        return (one, np.nan), (two, -np.inf), (three, np.inf)
-
-    def _mark(self, q: jax.Array, x: jax.Array, special: jax.Array) -> jax.Array:
-        """Put the codes of what is not finite; finite values that had them go to the nearest code left."""
-        kind = q.dtype.type
-        codes = [code for code, _ in self._specials()]
-        spare = min(codes) - 1 if not self.signed else 2 ** (self.bits - 1) - 1
-        taken = (q >= min(codes)) & (q <= max(codes)) & special
-        q = jnp.where(taken, kind(spare), q)
-        for (code, _), found in zip(self._specials(), (jnp.isnan, jnp.isneginf, jnp.isposinf), strict=True):
-            q = jnp.where(found(x), kind(code), q)
-        return q
-
-    def _unmark(self, value: jax.Array, q: jax.Array, special: jax.Array) -> jax.Array:
-        for code, what in self._specials():
-            value = jnp.where(special & (q == code), value.dtype.type(what), value)
-        return value
-
-
 @dataclasses.dataclass(frozen=True)
-class Dynamic(_Mapped):
+class Dynamic(Mapped):
     """The dynamic map of 8-bit (or 4-bit) optimizer states, block-wise.
 
     A float32 array falls to `bits / 32 + 1 / block` of its bytes. The error is relative to the block's largest finite
@@ -155,24 +118,23 @@ class Dynamic(_Mapped):
         values = dynamic_values(self.bits, self.signed)
         return float(max(np.max(np.diff(values)) / 2, 1.0 + values[0] if self.signed else 0.0))
 
+    def for_state(self):
+        """Return it with blocks that run down: XLA:TPU writes the scales of several blocks in a row out in full."""
+        return dataclasses.replace(self, down=True)
+
     def layout(self, shape, dtype) -> Encoded:
         """Return bytes of codes and a scale a block."""
         view = b.view_shape(shape, self.block)
-        rows = self._rows(view)
+        rows = self.rows_apart(shape)
         scales = b.scale_shape(view, self.block) if rows is None else (*view[:-2], view[-2] // rows, view[-1])
         return struct(self, shape, dtype, (b.packed_shape(view, self.bits), np.uint8), (scales, b.work_dtype(dtype)))
 
-    def _rows(self, view: tuple[int, ...]) -> int | None:
+    def rows_apart(self, shape):
         """Return the rows of a block that runs down them; None where blocks run along the last axis."""
+        view = b.view_shape(shape, self.block)
         if not self.down or self.block is None or view[-1] <= self.block:
             return None
         return b.rows_of_block(view, self.block)
-
-    def _apart(self, x: jax.Array, rows: int | None) -> tuple[jax.Array, int]:
-        """Return an array with its blocks apart, and the axis along which they run."""
-        if rows is None:
-            return b.to_blocks(x, self.block), x.ndim
-        return x.reshape(*x.shape[:-2], x.shape[-2] // rows, rows, x.shape[-1]), x.ndim - 1
 
     def _codes(self, ratio):
         rank = _dynamic_rank(jnp.abs(ratio) if self.signed else jnp.maximum(ratio, 0), self.bits, self.signed)
@@ -187,31 +149,48 @@ class Dynamic(_Mapped):
         rank = codes - (2 ** (self.bits - 1) - 1)
         return jnp.sign(rank) * _dynamic_value(jnp.abs(rank), self.bits, True)
 
-    def _encode(self, x, key):
-        view, work = b.view_shape(x.shape, self.block), b.work_dtype(x.dtype)
-        rows = self._rows(view)
-        blocks, axis = self._apart(x.reshape(view).astype(work), rows)
-        low, high, special = b.finite_range(blocks, (axis,))
-        scale = jnp.maximum(jnp.maximum(-low, high), work.type(jnp.finfo(jnp.float32).tiny))
-        q = self._codes(jnp.where(jnp.isfinite(blocks), b.divide(blocks, scale), 0))
-        q = self._mark(q, blocks, special)
-        q = b.from_blocks(q, view[-1]) if rows is None else q.reshape(view)
-        scale = jnp.where(special, -scale, scale)
-        stored = b.store_scales(scale) if rows is None else jnp.squeeze(scale, axis)
-        return b.pack(q.astype(jnp.uint8), self.bits), (stored,)
+    def _measure(self, x, shape, rows):
+        blocks, axis = self._blocks(x, shape)
+        scale = b.largest_finite(blocks, (axis,), jnp.finfo(jnp.float32).tiny)
+        return (b.store_scales(scale) if self.rows_apart(shape) is None else jnp.squeeze(scale, axis),)
 
-    def _decode(self, encoded):
-        view, work = b.view_shape(encoded.shape, self.block), b.work_dtype(encoded.dtype)
-        rows, (stored,) = self._rows(view), encoded.scales
-        q, axis = self._apart(b.unpack(encoded.codes, self.bits, view).astype(work), rows)
-        scale = b.load_scales(stored, view, self.block) if rows is None else jnp.expand_dims(stored, axis)
-        value = b.inside(self._values(q) * jnp.abs(scale), encoded.dtype)
-        value = self._unmark(value, q, scale < 0)
-        return b.from_blocks(value, view[-1]) if rows is None else value.reshape(view)
+    def _write(self, x, scales, shape, rows):
+        (blocks, _), scale = self._blocks(x, shape), self._spread(scales, shape)
+        q = self._codes(jnp.where(jnp.isfinite(blocks), b.divide(blocks, jnp.abs(scale)), 0))
+        q = self._mark(q, blocks, scale < 0).astype(jnp.uint8)
+        view = b.view_shape(shape, self.block)
+        if self.rows_apart(shape) is None:
+            return b.pack(b.from_blocks(q, view[-1]), self.bits)
+        return b.pack_apart(q, self.bits, view)
+
+    def _read(self, encoded, rows):
+        shape, own = encoded.shape, self.rows_apart(encoded.shape)
+        view, scale = b.view_shape(shape, self.block), self._spread(encoded.scales, shape)
+        if own is None:
+            q = b.to_blocks(b.unpack(encoded.codes, self.bits, view), self.block)
+        else:
+            q = b.unpack_apart(encoded.codes, self.bits, view, own, hold=rows is not None)
+        q = q.astype(b.work_dtype(encoded.dtype))
+        value = self._unmark(b.inside(self._values(q) * jnp.abs(scale), encoded.dtype), q, scale < 0)
+        return (b.from_blocks(value, view[-1]) if own is None else value).reshape(self.apart(shape, rows))
+
+    def _blocks(self, x: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, int]:
+        """Return an array with its blocks apart, in the precision of scales, and the axis along which they run."""
+        x, rows = x.astype(b.work_dtype(x.dtype)), self.rows_apart(shape)
+        if rows is None:
+            blocks = b.to_blocks(x.reshape(b.view_shape(shape, self.block)), self.block)
+            return blocks, blocks.ndim - 1
+        return x.reshape(self.apart(shape, rows)), len(b.view_shape(shape, self.block)) - 1
+
+    def _spread(self, scales: tuple[jax.Array, ...], shape: tuple[int, ...]) -> jax.Array:
+        """Return stored scales in a shape that broadcasts to the blocks."""
+        if self.rows_apart(shape) is None:
+            return b.load_scales(scales[0], b.view_shape(shape, self.block), self.block)
+        return jnp.expand_dims(scales[0], -2)
 
 
 @dataclasses.dataclass(frozen=True)
-class RankOne(_Mapped):
+class RankOne(Mapped):
     """4-bit codes of nonnegative values, without a code for zero, scaled by the smaller of row and column maximum.
 
     For second moments: a zero there would divide by nothing, so the smallest code is 1/16 of the scale. A float32
@@ -263,21 +242,39 @@ class RankOne(_Mapped):
     def _values(self, codes):
         return (codes + 1) * codes.dtype.type(2.0**-self.bits)
 
-    def _encode(self, x, key):
-        x = x.reshape(b.view_shape(x.shape, None)).astype(b.work_dtype(x.dtype))
-        if x.ndim > 1:
-            rows, columns = self._maximum(x, x.ndim - 1), self._maximum(x, x.ndim - 2)
-            q = self._quantize(x, *self._smaller(rows, columns))
-            return b.pack(q, self.bits), (jnp.squeeze(rows, -1), jnp.squeeze(columns, -2))
-        blocks = b.to_blocks(x, self.block)
-        scale = self._maximum(blocks, blocks.ndim - 1)
-        q = b.from_blocks(self._quantize(blocks, jnp.abs(scale), scale < 0), x.size)
-        return b.pack(q, self.bits), (b.store_scales(scale),)
+    def _measure(self, x, shape, rows):
+        x = self._wide(x, shape, rows)
+        view = b.view_shape(shape, None)
+        if len(view) == 1:
+            blocks = b.to_blocks(x, self.block)
+            return (b.store_scales(self._maximum(blocks, (blocks.ndim - 1,))),)
+        down = tuple(range(len(view) - 2, x.ndim - 1))  # two axes where blocks of rows are apart
+        return self._maximum(x, (x.ndim - 1,)).reshape(view[:-1]), jnp.squeeze(self._maximum(x, down), down)
 
-    def _maximum(self, x: jax.Array, axis: int) -> jax.Array:
-        _, high, special = b.finite_range(x, (axis,))
-        high = jnp.maximum(high, x.dtype.type(4 * 2**self.bits * jnp.finfo(jnp.float32).tiny))  # no code is 0 then
-        return jnp.where(special, -high, high)
+    def _write(self, x, scales, shape, rows):
+        x, view = self._wide(x, shape, rows), b.view_shape(shape, None)
+        if len(view) == 1:
+            scale = b.load_scales(scales[0], view, self.block)
+            q = self._quantize(b.to_blocks(x, self.block), jnp.abs(scale), scale < 0)
+            return b.pack(b.from_blocks(q, view[-1]), self.bits)
+        q = self._quantize(x, *self._spread(scales, x.shape))
+        return b.pack(q, self.bits) if rows is None else b.pack_apart(q, self.bits, view)
+
+    def _wide(self, x: jax.Array, shape: tuple[int, ...], rows: int | None) -> jax.Array:
+        x = x.astype(b.work_dtype(x.dtype))
+        return x.reshape(b.view_shape(shape, None)) if rows is None else x
+
+    def _maximum(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+        least = 4 * 2**self.bits * jnp.finfo(jnp.float32).tiny  # no code is 0 then
+        return b.largest_finite(x, axes, least, signed=True)
+
+    def _spread(self, scales: tuple[jax.Array, ...], shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """Return the smaller scales of rows and columns, for an array of this shape, and whether both say special."""
+        rows, columns = scales
+        apart = len(shape) - columns.ndim - 1  # 1 where blocks of rows have an axis
+        rows = rows.reshape(*shape[:-1], 1)
+        columns = columns.reshape(*columns.shape[:-1], *[1] * (apart + 1), columns.shape[-1])
+        return self._smaller(rows, columns)
 
     def _smaller(self, rows: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.minimum(jnp.abs(rows), jnp.abs(columns)), (rows < 0) & (columns < 0)
@@ -286,15 +283,15 @@ class RankOne(_Mapped):
         q = self._codes(jnp.where(jnp.isfinite(x), b.divide(x, scale), 0))
         return self._mark(q, x, special).astype(jnp.uint8)
 
-    def _decode(self, encoded):
+    def _read(self, encoded, rows):
         view, work = b.view_shape(encoded.shape, None), b.work_dtype(encoded.dtype)
-        q = b.unpack(encoded.codes, self.bits, view).astype(work)
-        if len(view) > 1:
-            rows, columns = encoded.scales[0][..., None], encoded.scales[1][..., None, :]
-            return self._dequantize(q, *self._smaller(rows, columns), encoded.dtype)
-        q = b.to_blocks(q, self.block)
-        scale = b.load_scales(encoded.scales[0], view, self.block)
-        return b.from_blocks(self._dequantize(q, jnp.abs(scale), scale < 0, encoded.dtype), view[-1])
+        if len(view) == 1:
+            q = b.to_blocks(b.unpack(encoded.codes, self.bits, view).astype(work), self.block)
+            scale = b.load_scales(encoded.scales[0], view, self.block)
+            return b.from_blocks(self._dequantize(q, jnp.abs(scale), scale < 0, encoded.dtype), view[-1])
+        q = b.unpack if rows is None else functools.partial(b.unpack_apart, rows=rows, hold=True)
+        q = q(encoded.codes, self.bits, view).astype(work)
+        return self._dequantize(q, *self._spread(encoded.scales, q.shape), encoded.dtype)
 
     def _dequantize(self, q: jax.Array, scale: jax.Array, special: jax.Array, dtype) -> jax.Array:
         return self._unmark(b.inside(self._values(q) * scale, dtype), q, special)

@@ -230,7 +230,7 @@ def _squeeze(eqn: Any) -> Iterator[Factor]:
 
 
 def _reduce(eqn: Any) -> Iterator[Factor]:
-    axes = set(eqn.params["axes"])
+    axes = set(eqn.params["dimensions" if eqn.primitive.name == "reduce" else "axes"])
     rank = len(_shape(eqn.invars[0]))
     left = [d for d in range(rank) if d not in axes]
     operands = [v for v in eqn.invars if len(_shape(v)) == rank]
@@ -346,7 +346,8 @@ _RULES: dict[str, Callable[[Any], Iterator[Factor]]] = {
     "sort": _but("dimension"),
     "top_k": _but("axis", "dimension"),
     **dict.fromkeys(
-        "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor argmax argmin".split(), _reduce
+        "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce_xor reduce argmax argmin".split(),
+        _reduce,
     ),
     **dict.fromkeys(
         "reduce_window reduce_window_sum reduce_window_max reduce_window_min select_and_scatter_add "

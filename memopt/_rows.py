@@ -104,6 +104,13 @@ def _reduction(eqn: Any, stacked: Sequence[bool]) -> Row | None:
     return Row(rest, GATHERED[name]) if name in GATHERED else None
 
 
+def _several(eqn: Any, stacked: Sequence[bool]) -> Row | None:
+    """A reduction of several operands together: those come first, then what each begins with."""
+    axes, half = tuple(eqn.params["dimensions"]), len(stacked) // 2
+    fits = all(stacked[:half]) and not any(stacked[half:]) and 0 not in axes
+    return Row(dict(eqn.params, dimensions=tuple(a - 1 for a in axes))) if fits else None
+
+
 def _one_axis(eqn: Any, stacked: Sequence[bool]) -> Row | None:
     key = _ONE_AXIS[eqn.primitive.name]
     axis = eqn.params[key]
@@ -193,5 +200,5 @@ def _less(axes: Sequence[int]) -> tuple[int, ...]:
 _RULES = {
     "broadcast_in_dim": _broadcast, "reshape": _reshape, "squeeze": _squeeze, "transpose": _transpose,
     "rev": _reverse, "slice": _slice, "pad": _pad, "dot_general": _dot,
-    "iota": _iota,
+    "iota": _iota, "reduce": _several,
 }  # fmt: skip

@@ -229,7 +229,9 @@ class Survey:
 
 
 _FREE = frozenset("broadcast_in_dim reshape squeeze expand_dims iota convert_element_type transpose slice rev".split())
-_REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or argmax argmin".split())
+_REDUCTIONS = frozenset(
+    "reduce_sum reduce_max reduce_min reduce_prod reduce_and reduce_or reduce argmax argmin".split()
+)
 
 
 def _fuses(op: g.Op) -> bool:

@@ -17,7 +17,6 @@ import numpy as np
 from memopt import _in_turn, _stored
 from memopt._codec import Codec, Encoded
 from memopt._codecs import codec as codec_named
-from memopt._codecs_maps import Dynamic
 from memopt._contract import Context, Rewritten
 from memopt._plan import Decision
 from memopt.passes import _decode_loops
@@ -70,10 +69,7 @@ class CompressState(_stored.LeafForm):
     optional: ClassVar[bool] = False
 
     def __post_init__(self):
-        codec = codec_named(self.codec)
-        if isinstance(codec, Dynamic):  # XLA:TPU writes the scales of several blocks in a row out in full
-            codec = dataclasses.replace(codec, down=True)
-        object.__setattr__(self, "codec", codec)
+        object.__setattr__(self, "codec", codec_named(self.codec).for_state())
         if not isinstance(self.where, str):
             object.__setattr__(self, "where", tuple(self.where))
 

@@ -1,14 +1,16 @@
 """Optimizer state that is encoded between updates: which leaves, with which codecs, and Adam, momentum and Lion on it.
 
 In come a gradient and encoded moments of one leaf, out go its update and the moments encoded again. A leaf is decoded,
-used and encoded by itself, so that no copy in full precision outlives its update. The codecs are the framework's;
-nothing here knows what their codes mean.
+used and encoded by itself, and new moments are made twice, once for their scales and once for their codes: XLA fuses
+each into what reads it, and no copy in full precision is ever in memory. The codecs are the framework's; nothing here
+knows what their codes mean.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +19,7 @@ import numpy as np
 import optax
 
 from memopt._codec import Codec, Encoded, decode
+from memopt._codecs_blocks import held_apart
 from memopt.optim._leaves import Leaf, adam_direction, decay, per_leaf, wide, zeros_beside
 
 
@@ -85,13 +88,50 @@ class EncodedMoments(NamedTuple):
     nu: Any
 
 
+def advance(leaf: Leaf, rule: Callable[[Any, Any], tuple[Any, Any]], gradient: Any, state: Any) -> tuple[Any, Any]:
+    """Return an update, and new moments in the forms of the old ones.
+
+    Args:
+      leaf: what is known of the leaf.
+      rule: `(gradient, moments) -> (update, new moments)`, all in wide precision; element-wise, since they may come in
+        another shape, in which XLA:TPU has nothing to move.
+      gradient: the gradient of the leaf, in its own precision.
+      state: its moments, each encoded or plain.
+    """
+    work = wide(leaf.dtype)
+    olds, treedef = jax.tree.flatten(state, is_leaf=_is_encoded)
+    if not all(map(_is_encoded, olds)):
+        update, news = rule(gradient.astype(work), treedef.unflatten(load(old, work) for old in olds))
+        return update, treedef.unflatten(map(save, treedef.flatten_up_to(news), olds))
+    rows = next((rows for old in olds if (rows := old.codec.rows_apart(old.shape))), None)
+
+    def follow(gradient, state):
+        olds = treedef.flatten_up_to(state)
+        moments = treedef.unflatten(old.codec.read(old, rows).astype(work) for old in olds)
+        update, news = rule(gradient.astype(work), moments)
+        news = [new.astype(old.dtype) for new, old in zip(treedef.flatten_up_to(news), olds, strict=True)]
+        return update.reshape(leaf.shape), list(zip(news, olds, strict=True))
+
+    gradient = held_apart(gradient, olds[0].codec.apart(leaf.shape, rows))
+    measured = [old.codec.measure(new, old.shape, rows) for new, old in follow(gradient, state)[1]]
+    gradient, state, measured = jax.lax.optimization_barrier((gradient, state, measured))
+    update, pairs = follow(gradient, state)
+    kept = [old.codec.write(new, scales, old, rows) for (new, old), scales in zip(pairs, measured, strict=True)]
+    return update, treedef.unflatten(kept)
+
+
+def _is_encoded(one: Any) -> bool:
+    return isinstance(one, Encoded)
+
+
 def encoded_adam_leaf(leaf: Leaf, gradient: Any, state: EncodedMoments, count: Any, b1: Any, b2: Any, eps: Any) -> Any:
     """Take one Adam step on one leaf with stored moments."""
-    gradient = gradient.astype(wide(leaf.dtype))
-    mu = decay(load(state.mu, gradient.dtype), gradient, b1)
-    nu = decay(load(state.nu, gradient.dtype), jnp.square(gradient), b2)
-    update = adam_direction(mu, nu, count, b1, b2, eps)
-    return update, EncodedMoments(save(mu, state.mu), save(nu, state.nu))
+
+    def rule(gradient, old):
+        mu, nu = decay(old.mu, gradient, b1), decay(old.nu, jnp.square(gradient), b2)
+        return adam_direction(mu, nu, count, b1, b2, eps), EncodedMoments(mu, nu)
+
+    return advance(leaf, rule, gradient, state)
 
 
 def scale_by_encoded_adam(stores: Stores, b1: Any, b2: Any, eps: Any) -> optax.GradientTransformationExtraArgs:
@@ -114,9 +154,12 @@ def scale_by_encoded_momentum(stores: Stores, momentum: Any, nesterov: bool) -> 
 
     def update_leaf(leaf, gradient, state, count):
         del count
-        gradient = gradient.astype(wide(leaf.dtype))
-        trace = momentum * load(state, gradient.dtype) + gradient
-        return (gradient + momentum * trace if nesterov else trace), save(trace, state)
+
+        def rule(gradient, old):
+            trace = momentum * old + gradient
+            return (gradient + momentum * trace if nesterov else trace), trace
+
+        return advance(leaf, rule, gradient, state)
 
     return per_leaf(init_leaf, update_leaf, stores.encodes)
 
@@ -129,8 +172,10 @@ def scale_by_encoded_lion(stores: Stores, b1: Any, b2: Any) -> optax.GradientTra
 
     def update_leaf(leaf, gradient, state, count):
         del count
-        gradient = gradient.astype(wide(leaf.dtype))
-        mu = load(state, gradient.dtype)
-        return jnp.sign(decay(mu, gradient, b1)), save(decay(mu, gradient, b2), state)
+
+        def rule(gradient, old):
+            return jnp.sign(decay(old, gradient, b1)), decay(old, gradient, b2)
+
+        return advance(leaf, rule, gradient, state)
 
     return per_leaf(init_leaf, update_leaf, stores.encodes)
