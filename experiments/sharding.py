@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import _report
@@ -19,6 +20,10 @@ import _sharded
 from absl import app, flags
 
 CASES = ("llama_8b:v5e:4x4", "llama_8b:v5p:2x2x1", "llama_70b:v5p:4x4x4")
+#: Which plan is compiled. By the budget, meshes have plans of their own; the other two compare them under one plan:
+#: nothing is repeated (the first rung that is rewritten; with `--passes=shard` no kernel is in it but attention over a
+#: split sequence), or as much as saves anything is.
+PLANS = ("budget", "nothing_repeated", "least")
 COLUMNS = (
     _report.Column("case", "step and mesh"),
     _report.Column("strategy", "strategy"),
@@ -50,6 +55,8 @@ def define_flags() -> None:
     flags.DEFINE_enum("attention", "ring", ["ring", "ulysses", "gather"], "Attention over a split sequence.")
     flags.DEFINE_integer("batch", None, "Sequences in all; None for one on each device along the data axis.")
     flags.DEFINE_string("budget", None, "Budget per device; None for the compiler's limit.")
+    flags.DEFINE_enum("passes", "default", ["default", "shard"], "Passes beside Shard: the default ones, or none.")
+    flags.DEFINE_enum("plan", "budget", list(PLANS), "The plan: by the budget, or one that is the same on every mesh.")
     flags.DEFINE_bool("compile", True, "Compile, else predict alone.")
     flags.DEFINE_string("out_dir", "out/sharding", "Folder for the CSV file.")
 
@@ -64,8 +71,11 @@ def row_of(case: str, strategy: str, options: Any) -> dict[str, Any]:
     batch = options.batch or dict(mesh.shape).get("data", 1)
     step, args, jit_options = _sharded.step_of(model, batch, options.length, options.layers)
     shard = memopt.passes.Shard(mesh, strategy=strategy, attention=options.attention)
-    passes = [*memopt.passes.default(), shard]
-    planned = memopt.optimize(step, passes=passes, target=target, budget=options.budget, **jit_options)
+    passes = [shard] if options.passes == "shard" else [*memopt.passes.default(), shard]
+    settings = {"passes": passes, "target": target, **jit_options}
+    planned = memopt.optimize(step, budget=options.budget, **settings)
+    if options.plan != "budget":
+        planned = memopt.optimize(step, plan=held_plan(planned.plans(*args), options.plan), **settings)
     row: dict[str, Any] = {"case": case, "strategy": strategy, "mesh": "x".join(map(str, mesh.devices.shape))}
     row["tokens"] = batch * options.length
     try:
@@ -87,6 +97,18 @@ def row_of(case: str, strategy: str, options: Any) -> dict[str, Any]:
     return row if compiled is None else row | compiled_figures(planned, compiled, args, target)
 
 
+def held_plan(plans: Sequence[Any], which: str) -> Any:
+    """Return the plan of a frontier that is compared over meshes.
+
+    Args:
+      plans: of `Optimized.plans`, the step as written first.
+      which: `"least"`, the smallest predicted peak, or `"nothing_repeated"`, the least time of those that are sharded.
+    """
+    if which == "least":
+        return min(plans, key=lambda plan: plan.predicted_peak_bytes)
+    return min(plans[1:], key=lambda plan: (plan.predicted_overhead, plan.predicted_peak_bytes))
+
+
 def compiled_figures(planned: Any, compiled: Any, args: Any, target: str) -> dict[str, Any]:
     """Return the compiler's figures of a step."""
     import memopt
@@ -101,7 +123,7 @@ def main(_: Any) -> None:
     """Measure every case under every strategy."""
     options = flags.FLAGS
     folder = pathlib.Path(options.out_dir)
-    names = ("model_ways", "length", "layers", "attention", "batch", "budget", "compile")
+    names = ("model_ways", "length", "layers", "attention", "batch", "budget", "passes", "plan", "compile")
     settings = {name: getattr(options, name) for name in names} | {"environment": _report.environment(commit=False)}
     cache = _report.Cache(folder / "rows.json", settings)
     rows = []

@@ -14,6 +14,7 @@ import jax
 from jax._src import core as _core
 from jax._src import source_info_util as _siu
 from jax._src.interpreters import partial_eval as _pe
+from jax._src.lax import parallel as _parallel
 from jax.extend import core as _xcore
 
 try:  # JAX >= 0.12: one class of flat trees describes a scan's operands
@@ -34,6 +35,7 @@ no_effects = _core.no_effects
 UNIFIED_JAXPR = Jaxpr is ClosedJaxpr or not hasattr(_core, "ClosedJaxpr")
 
 optimization_barrier_p = jax.lax.optimization_barrier_p
+reduce_scatter_p = _parallel.reduce_scatter_p
 
 
 def is_jaxpr(value: Any) -> bool:

@@ -17,7 +17,7 @@ import jax
 from jax.extend.core import primitives
 
 from memopt import _compat as c
-from memopt import _local_rules
+from memopt import _fusion, _local_rules
 from memopt._sizes import aval_bytes
 
 
@@ -130,7 +130,13 @@ class Twins:
             o if self._fits(v, run) else c.Var(self.local.cut(v.aval, run[v]))
             for v, o in zip(eqn.outvars, outvars, strict=True)
         ]
-        after = [self._move(eqn, r, o) for r, o in zip(results, outvars, strict=True) if r is not o]
+        after = []
+        for i, (v, o) in enumerate(zip(eqn.outvars, outvars, strict=True)):
+            if _is_partial(eqn, v, run):
+                results[i] = c.Var(results[i].aval)
+                after.append(self._sum(eqn, results[i], o))
+            elif results[i] is not o:
+                after.append(self._move(eqn, results[i], o))
         main = c.replace_eqn(eqn, invars=invars, outvars=results)
         if not moves and not after:
             return main
@@ -181,6 +187,16 @@ class Twins:
             primitive = primitives.slice_p
         return c.new_eqn([source], [target], primitive, params, c.no_effects, eqn.source_info, eqn.ctx)
 
+    def _sum(self, eqn: Any, source: Any, target: Any) -> Any:
+        """Return the equation that adds up what the devices hold: its operand is in memory, and so no fused value.
+
+        It takes no seconds here: those of a layout's sums are counted by the pass that chose it.
+        """
+        primitive, params = c.reduce_scatter_p, {"axis_size": 1}
+        if source.aval.shape == target.aval.shape:  # in place
+            primitive, params = c.optimization_barrier_p, {}
+        return c.new_eqn([source], [target], primitive, params, c.no_effects, eqn.source_info, eqn.ctx)
+
     def _call(self, eqn: Any, eqns: list, outvars: list, made: list) -> Any:
         """Return one call of these equations; gathered operands that others may read come out too."""
         inputs = list(
@@ -204,6 +220,14 @@ class Twins:
         parts = {"invars": [inside[v] for v in inputs], "outvars": [inside[v] for v in real], "eqns": eqns}
         params = {"call_jaxpr": c.close(c.rebuild(_empty(), **parts))}
         return c.new_eqn(inputs, real, primitives.closed_call_p, params, eqn.effects, eqn.source_info, eqn.ctx)
+
+
+def _is_partial(eqn: Any, var: Any, run: dict[Any, tuple]) -> bool:
+    """Say whether each device has a part of a matmul's sums: they split what it is summed over."""
+    if eqn.primitive.name not in _fusion.MATMULS or isinstance(var, c.DropVar):
+        return False
+    split = {a for v in eqn.invars if not isinstance(v, c.Literal) for axes in run[v] for a in axes}
+    return not split.issubset(a for axes in run[var] for a in axes)
 
 
 @functools.cache

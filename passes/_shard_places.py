@@ -12,7 +12,7 @@ from typing import Any
 
 from memopt import _compat as c
 from memopt import _fusion
-from memopt.passes import _shard_uses
+from memopt.passes import _shard_sums, _shard_uses
 from memopt.passes._shard_flow import Flow, is_float, is_var, shape_of
 from memopt.passes._shard_roles import BATCH, MOMENT, PARAMETER, Roles
 from memopt.passes._shard_rules import Rules, Spec
@@ -137,7 +137,10 @@ def _gradients(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
         stored = rules.stored(flow.jaxpr.invars[leaf], rules.layout.gradients)
         spec = tuple(() if d is None else stored[d] for d in dims)
         if len(spec) == len(shape_of(var)) and _divides(spec, var, rules):
-            found.made[var] = (spec,)
+            needed = rules.features(flow.jaxpr.invars[leaf])
+            whole = tuple(() if d is None else needed[d] for d in dims)
+            added_up = _shard_sums.is_added_up_whole(flow, var, whole, spec, rules)
+            found.made[var] = (whole, spec) if added_up else (spec,)
             _scatter(flow, var, spec, rules, found)
 
 

@@ -106,8 +106,20 @@ def test_gradient_of_a_sharded_parameter_is_scattered(mesh):
     twin = c.open_jaxpr(local.twin(closed))
     assert twin.outvars[0].aval.shape == (2, 4)
     calls = [c.open_jaxpr(e.params["call_jaxpr"]).eqns for e in twin.eqns if "call_jaxpr" in e.params]
-    gradient = [[e.primitive.name for e in eqns] for eqns in calls if eqns[-1].primitive.name == "slice"]
-    assert gradient == [["dot_general", "slice"]]
+    gradient = [[e.primitive.name for e in eqns] for eqns in calls if eqns[0].primitive.name == "dot_general"]
+    assert gradient == [["dot_general", "reduce_scatter"]]
+
+
+def test_sums_over_devices_are_in_memory_before_they_are_added_up(mesh):
+    """Else what comes after a matmul would be computed in its kernel."""
+    closed, local = local_of(lambda x, w: jnp.tanh(x @ w), mesh, (P(None, "data"), P("data")), (6, 8), (8, 4))
+    eqns = c.open_jaxpr(local.twin(closed)).eqns
+    assert [e.primitive.name for e in c.open_jaxpr(eqns[0].params["call_jaxpr"]).eqns] == [
+        "dot_general",
+        "optimization_barrier",
+    ]
+    whole, local = local_of(lambda x, w: jnp.tanh(x @ w), mesh, (P("data"), P()), (8, 8), (8, 4))
+    assert [e.primitive.name for e in c.open_jaxpr(local.twin(whole)).eqns] == ["dot_general", "tanh"]
 
 
 def test_a_chain_is_passed_along_a_few_times_however_long_it_is(mesh, monkeypatch):

@@ -1,9 +1,12 @@
 """Experiments on sharded steps: what they count by themselves, and the rules that they hold "auto" against."""
 
+import types
+
 import _sharded
 import jax
 import numpy as np
 import pytest
+import sharding
 import sharding_devices
 import sharding_rules
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -28,6 +31,15 @@ def test_bytes_of_a_state_on_one_device():
 @pytest.mark.parametrize("devices, topology", sharding_devices.TOPOLOGIES.items())
 def test_topologies_have_their_devices(devices, topology):
     assert _sharded.devices_of(f"tpu:v5p:{topology}") == devices
+
+
+def test_plans_that_are_held_over_meshes():
+    written, quick, small, smallest = plans = [
+        types.SimpleNamespace(predicted_overhead=seconds, predicted_peak_bytes=peak)
+        for seconds, peak in ((0.0, 90), (0.1, 70), (0.1, 60), (0.4, 20))
+    ]
+    assert sharding.held_plan(plans, "nothing_repeated") is small and sharding.held_plan(plans, "least") is smallest
+    assert sharding.held_plan([written, quick], "nothing_repeated") is quick
 
 
 def test_one_device_holds_all_of_a_state():
