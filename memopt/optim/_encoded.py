@@ -143,7 +143,7 @@ def scale_by_encoded_adam(stores: Stores, b1: Any, b2: Any, eps: Any) -> optax.G
     def update_leaf(leaf, gradient, state, count):
         return encoded_adam_leaf(leaf, gradient, state, count, b1, b2, eps)
 
-    return per_leaf(init_leaf, update_leaf, stores.encodes)
+    return per_leaf(init_leaf, update_leaf)
 
 
 def scale_by_encoded_momentum(stores: Stores, momentum: Any, nesterov: bool) -> optax.GradientTransformationExtraArgs:
@@ -161,7 +161,7 @@ def scale_by_encoded_momentum(stores: Stores, momentum: Any, nesterov: bool) -> 
 
         return advance(leaf, rule, gradient, state)
 
-    return per_leaf(init_leaf, update_leaf, stores.encodes)
+    return per_leaf(init_leaf, update_leaf)
 
 
 def scale_by_encoded_lion(stores: Stores, b1: Any, b2: Any) -> optax.GradientTransformationExtraArgs:
@@ -178,4 +178,4 @@ def scale_by_encoded_lion(stores: Stores, b1: Any, b2: Any) -> optax.GradientTra
 
         return advance(leaf, rule, gradient, state)
 
-    return per_leaf(init_leaf, update_leaf, stores.encodes)
+    return per_leaf(init_leaf, update_leaf)

@@ -147,17 +147,13 @@ InitLeaf = Callable[[Leaf, Any], Any]
 UpdateLeaf = Callable[[Leaf, jax.Array, Any, jax.Array], tuple[jax.Array, Any]]
 
 
-def per_leaf(
-    init_leaf: InitLeaf, update_leaf: UpdateLeaf, in_turn: Callable[[Leaf], bool] | None = None
-) -> optax.GradientTransformationExtraArgs:
+def per_leaf(init_leaf: InitLeaf, update_leaf: UpdateLeaf) -> optax.GradientTransformationExtraArgs:
     """Make an optax transformation of two functions on one leaf.
 
     Args:
       init_leaf: `(leaf, parameter) -> state`, the state any tree of arrays.
       update_leaf: `(leaf, gradient, state, count) -> (update, state)`, the count of this update being 1 at first. The
         update is cast to the gradient's dtype.
-      in_turn: says which leaves wait for each other, so that what one needs in full precision is gone before the next
-        is begun; None: no leaf does.
     """
 
     def init(params):
@@ -170,15 +166,8 @@ def per_leaf(
         count = optax.safe_increment(state.count)
         leaves, values, treedef = describe(updates)
         states = [state_of(state.leaves, leaf) for leaf in leaves]
-        done: list[Any] = []
-        last = None  # the number of the last leaf that went in turn
-        for number, (leaf, value, old) in enumerate(zip(leaves, values, states, strict=True)):
-            if in_turn is not None and in_turn(leaf):
-                before = () if last is None else done[last]
-                value, old, before = jax.lax.optimization_barrier((value, old, before))
-                if last is not None:
-                    done[last] = before
-                last = number
+        done = []
+        for leaf, value, old in zip(leaves, values, states, strict=True):
             new, kept = update_leaf(leaf, value, old, count)
             done.append((new.astype(leaf.dtype), kept))
         states = {leaf.path: pair[1] for pair, leaf in zip(done, leaves, strict=True)}

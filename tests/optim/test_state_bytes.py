@@ -131,10 +131,9 @@ def test_no_moment_is_in_memory_in_full_precision(shape, block):
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw_4bit", "lion_8bit"])
-def test_encoded_leaves_are_in_full_precision_one_after_another(name):
+def test_moments_are_held_back_until_their_scales_are_made(name):
     optimizer = getattr(optim, name)(0.1, min_size=32)
     params = {name: jnp.ones((8, 128)) for name in ("a", "b", "c")} | {"bias": jnp.ones(3)}
     traced = jax.make_jaxpr(optimizer.update)(params, optimizer.init(params), params)
     barriers = [e for e in traced.jaxpr.eqns if e.primitive is jax.lax.optimization_barrier_p]
-    first, second, third = [len(e.invars) for e in barriers][::2]  # the others hold moments back until they have scales
-    assert second == third == 2 * first > 4  # a gradient with codes and scales; then an update and its state as well
+    assert len(barriers) == 3  # a leaf's own; leaves do not wait for each other, and each gradient goes when it is used

@@ -191,7 +191,7 @@ def test_a_training_loop_around_the_step_is_fused_inside(x64):
 
 
 @pytest.mark.loose_promotion
-def test_encoded_leaves_that_wait_for_each_other_are_fused():
+def test_encoded_leaves_whose_scales_wait_are_fused():
     optimizer = memopt.optim.adamw_8bit(0.1, min_size=4)
     step, (state, batch) = step_with(optimizer), start(optimizer, jnp.float32, width=128)
     new, moved, _ = fuse(flat(step, state, batch))
