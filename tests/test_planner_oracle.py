@@ -4,7 +4,6 @@ The planner searches as it does for any step, judged by the oracle's own account
 model of XLA's fusion and of a device's seconds, so that both sides count the same bytes and the same cost.
 """
 
-import functools
 from collections.abc import Sequence
 
 import pytest
@@ -73,19 +72,11 @@ def check(rows: list[oracle_graphs.Comparison]) -> None:
     assert found["p95"] <= 0.15, found
 
 
-@functools.cache
-def two_hundred() -> list[oracle_graphs.Comparison]:
-    """Compare on 200 graphs of 6 to 15 operations, once."""
-    return compared(200, range(6, 16), 1000, 30.0)
-
-
 @pytest.mark.once
-def test_near_the_optimum_on_200_graphs():
-    check(two_hundred())
-
-
-def test_never_better_than_the_optimum():
-    proven = [row for row in two_hundred() if row.answer.proven]
+def test_near_the_optimum_and_never_better_on_200_graphs():
+    rows = compared(200, range(6, 16), 1000, 30.0)  # of 6 to 15 operations
+    check(rows)
+    proven = [row for row in rows if row.answer.proven]
     assert len(proven) >= 190
     for row in proven:
         assert not (row.feasible and row.answer.feasible is False), row
