@@ -203,7 +203,7 @@ def finite_range(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Ar
     return jnp.where(jnp.isfinite(low), low, none), jnp.where(jnp.isfinite(high), high, none), special
 
 
-def largest_finite(x: jax.Array, axes: tuple[int, ...], least: float, signed: bool = False) -> jax.Array:
+def largest_finite(x: jax.Array, axes: tuple[int, ...], least: float, nonnegative: bool = False) -> jax.Array:
     """Return the largest finite magnitude, negative where a value is not finite; axes are kept with size 1.
 
     It is one reduction of two operands, for XLA:TPU to fuse what makes `x` into it: with several, it writes `x` out.
@@ -212,11 +212,11 @@ def largest_finite(x: jax.Array, axes: tuple[int, ...], least: float, signed: bo
       x: array of floats.
       axes: what to reduce, none of them negative.
       least: the least magnitude to return.
-      signed: take negative numbers as zero.
+      nonnegative: take negative numbers as zero.
     """
     zero, one = x.dtype.type(0), x.dtype.type(1)
     finite = jnp.isfinite(x)
-    operands = jnp.where(finite, x if signed else jnp.abs(x), zero), jnp.where(finite, zero, one)
+    operands = jnp.where(finite, x if nonnegative else jnp.abs(x), zero), jnp.where(finite, zero, one)
     most, special = jax.lax.reduce(operands, (zero, zero), lambda a, b: tuple(map(jnp.maximum, a, b)), axes)
     most = jnp.maximum(jnp.expand_dims(most, axes), x.dtype.type(least))
     return jnp.where(jnp.expand_dims(special, axes) > 0, -most, most)

@@ -27,6 +27,7 @@ class Mapped(Codec):
 
     bits: int
     signed: bool
+    block: int | None
 
     def accepts(self, dtype) -> bool:
         """Take real floating-point arrays."""

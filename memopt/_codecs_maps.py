@@ -266,7 +266,7 @@ class RankOne(Mapped):
 
     def _maximum(self, x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
         least = 4 * 2**self.bits * jnp.finfo(jnp.float32).tiny  # no code is 0 then
-        return b.largest_finite(x, axes, least, signed=True)
+        return b.largest_finite(x, axes, least, nonnegative=True)
 
     def _spread(self, scales: tuple[jax.Array, ...], shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         """Return the smaller scales of rows and columns, for an array of this shape, and whether both say special."""

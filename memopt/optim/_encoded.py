@@ -1,9 +1,9 @@
 """Optimizer state that is encoded between updates: which leaves, with which codecs, and Adam, momentum and Lion on it.
 
 In come a gradient and encoded moments of one leaf, out go its update and the moments encoded again. A leaf is decoded,
-used and encoded by itself, and new moments are made twice, once for their scales and once for their codes: XLA fuses
-each into what reads it, and no copy in full precision is ever in memory. The codecs are the framework's; nothing here
-knows what their codes mean.
+used and encoded by itself, and new moments are made twice, once for their scales and once for their codes, so that
+XLA:TPU can fuse each into what reads it rather than hold a copy in full precision. The codecs are the framework's;
+nothing here knows what their codes mean.
 """
 
 from __future__ import annotations
