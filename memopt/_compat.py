@@ -16,6 +16,7 @@ from jax._src import source_info_util as _siu
 from jax._src.interpreters import partial_eval as _pe
 from jax._src.lax import parallel as _parallel
 from jax.extend import core as _xcore
+from jax.extend.core import primitives
 
 try:  # JAX >= 0.12: one class of flat trees describes a scan's operands
     from jax._src import flattree as _flattree
@@ -35,6 +36,9 @@ no_effects = _core.no_effects
 UNIFIED_JAXPR = Jaxpr is ClosedJaxpr or not hasattr(_core, "ClosedJaxpr")
 
 optimization_barrier_p = jax.lax.optimization_barrier_p
+closed_call_p = primitives.closed_call_p
+#: Names of plain calls of a `call_jaxpr`; JAX 0.12 names `closed_call_p` anew, and binds it for `custom_vjp` too.
+CLOSED_CALLS = ("closed_call", "core_closed_call", "eval_jaxpr")
 reduce_scatter_p = _parallel.reduce_scatter_p
 
 

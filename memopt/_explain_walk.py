@@ -24,7 +24,7 @@ SHOWN_TRIPS = 12
 SHOWN_POINTS = 96
 
 _WRAPPER = re.compile(r"\b(?:jvp|transpose|vmap|jit|pjit|checkpoint|remat\d*|custom_[a-z_]*)\(([^()]*)\)")
-_PLUMBING = frozenset({"", "while", "body", "cond", "scan", "checkpoint", "rematted_computation", "closed_call"})
+_PLUMBING = frozenset({"", "while", "body", "cond", "scan", "checkpoint", "rematted_computation", *c.CLOSED_CALLS})
 #: Methods that linen names (`GPT2.head`) and the formulas that einsum names (`bhqk,bkhd->bqhd`).
 _NO_MODULE = re.compile(r"^\w+\.\w+$|->")
 

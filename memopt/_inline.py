@@ -71,7 +71,7 @@ class _Inliner:
             return eqn.params["jaxpr"] if _plain_jit(eqn.params) else None
         if name in ("remat2", "checkpoint", "remat"):
             return None if self.respect_checkpoint else eqn.params["jaxpr"]
-        if name in ("closed_call", "core_closed_call"):
+        if name in c.CLOSED_CALLS:
             return eqn.params["call_jaxpr"]
         return None
 

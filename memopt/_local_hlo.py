@@ -17,7 +17,9 @@ Parts = dict[tuple[tuple[str, ...], str], list[list[Shape]]]
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT\s+)?%?[\w.\-]+ = (\(.*?\)|\S+) ([\w\-]+)\(.*op_name="([^"]*)"', re.MULTILINE)
 _SHAPE = re.compile(r"[a-z]\w*\[([\d,]*)\]")
 #: What lowering puts between name scopes.
-_PLUMBING = re.compile(r"^(?:while|body|cond|branch_\d+_fun|closed_call|checkpoint|rematted_computation|p?jit\(.*\)|)$")
+_PLUMBING = re.compile(
+    r"^(?:while|body|cond|branch_\d+_fun|closed_call|eval_jaxpr|checkpoint|rematted_computation|p?jit\(.*\)|)$"
+)
 #: Instructions that carry another operation's name: what the partitioner and the layouts add.
 _ADDED = frozenset(
     "all-gather all-reduce all-to-all collective-permute reduce-scatter copy bitcast parameter constant tuple fusion "

@@ -322,9 +322,9 @@ _ELEMENTWISE = frozenset(
 )
 _SOURCES = frozenset("random_bits random_seed random_fold_in random_split iota empty rng_uniform".split())
 _CALLS = frozenset(
-    "jit pjit closed_call core_call call core_closed_call remat2 checkpoint remat custom_jvp_call custom_vjp_call "
-    "custom_vjp_call_jaxpr custom_lin run_state".split()
-)
+    "jit pjit core_call call remat2 checkpoint remat custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_lin "
+    "run_state".split()
+).union(c.CLOSED_CALLS)
 
 _RULES: dict[str, Callable[[Any], Iterator[Factor]]] = {
     "dot_general": _dot,

@@ -219,7 +219,7 @@ class Twins:
         real = [v for v in (*outvars, *made) if not isinstance(v, c.DropVar)]
         parts = {"invars": [inside[v] for v in inputs], "outvars": [inside[v] for v in real], "eqns": eqns}
         params = {"call_jaxpr": c.close(c.rebuild(_empty(), **parts))}
-        return c.new_eqn(inputs, real, primitives.closed_call_p, params, eqn.effects, eqn.source_info, eqn.ctx)
+        return c.new_eqn(inputs, real, c.closed_call_p, params, eqn.effects, eqn.source_info, eqn.ctx)
 
 
 def _is_partial(eqn: Any, var: Any, run: dict[Any, tuple]) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
+from memopt import _compat as c
 from memopt import _convolved, _cost
 from memopt._sizes import is_on_host
 
@@ -23,9 +24,9 @@ _Literal = core.Literal  # looked up once: it is asked of every operand of every
 
 #: Calls that XLA inlines: their equations run among the caller's own.
 INLINED = frozenset(
-    "jit pjit closed_call core_call call remat2 checkpoint remat custom_jvp_call custom_vjp_call "
-    "custom_vjp_call_jaxpr shard_map custom_lin run_state".split()
-)
+    "jit pjit core_call call remat2 checkpoint remat custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr shard_map "
+    "custom_lin run_state".split()
+).union(c.CLOSED_CALLS)
 #: Operations whose kernels choose the layout of what they read and make.
 _LAID_OUT = frozenset({"dot_general", "conv_general_dilated"})
 #: Operations whose result is their operand's buffer: no bytes move.

@@ -362,7 +362,7 @@ _LINEAR: dict[str, Callable[[list[bool], list[bool]], Callable | None]] = {
 
 def _called(eqn: Any) -> Any | None:
     """Return the open jaxpr that a plain call or a `custom_jvp_call` runs once."""
-    if eqn.primitive.name not in ("custom_jvp_call", "jit", "pjit", "closed_call"):
+    if eqn.primitive.name not in ("custom_jvp_call", "jit", "pjit", *c.CLOSED_CALLS):
         return None
     return next(
         (c.open_jaxpr(body) for key, _, body in c.subjaxprs(eqn.params) if key in ("call_jaxpr", "jaxpr")), None

@@ -201,6 +201,7 @@ RULES: dict[str, Callable[[Any, Sequence[Any]], Sequence[Any]]] = {
     "jit": _call,
     "pjit": _call,
     "closed_call": _call,
+    "eval_jaxpr": _call,
     "core_call": _call,
     "checkpoint": _call,
     "remat2": _call,
