@@ -92,7 +92,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what is slow, unless it is asked for; with `--thin`, take cases away of what is left."""
+    """Skip what is slow, unless it is asked for; with `--thin`, take cases away of what is left.
+
+    What runs once runs first: it is long, and at the end one worker would wait for the other.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("once") is None)
     if config.getoption("--thin"):
         _thin(config, items, config.getoption("--thin"))
     if config.getoption("--slow") or os.environ.get("MEMOPT_SLOW", "0") not in ("", "0"):

@@ -49,6 +49,7 @@ def test_unrolled_steps_are_not_compiled_for_the_cpu():
     ]
 
 
+@pytest.mark.once
 @pytest.mark.loose_promotion
 def test_compiled_figures_are_kept_and_predictions_made_anew(tmp_path, monkeypatch):
     rows = list(bench(tmp_path).rows(TINY, ["60%"]))

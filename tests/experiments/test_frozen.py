@@ -11,6 +11,7 @@ from memopt.models import steps
 pytestmark = pytest.mark.loose_promotion  # Flax and Optax promote
 
 
+@pytest.mark.once
 def test_both_ways_to_train_adapters_are_the_same_training():
     losses = []
     for training in (frozen.ADAPTERS, frozen.DROPPED):

@@ -36,6 +36,7 @@ def test_forms_on_the_cpu_are_judged():
     assert "no less memory" in cpu_kernels.misses([row | {"lean_rss_bytes": 2}])[0]
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kind", ["attention", "loss"])
 def test_both_forms_of_a_case_have_equal_gradients(kind):
     import jax

@@ -44,6 +44,7 @@ def test_forms_that_store_nothing_are_named():
     ]
 
 
+@pytest.mark.once
 @pytest.mark.loose_promotion
 def test_sketches_store_what_weight_gradients_read():
     sizes = types.SimpleNamespace(width=16, depth=1, heads=2, length=32, batch=4, rate=1e-3)
