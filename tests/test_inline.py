@@ -7,7 +7,6 @@ import numpy as np
 import memopt
 from memopt import _compat as c
 from memopt import _inline
-from memopt._timeline import simulate
 
 X = np.linspace(-1.0, 1.0, 16, dtype=np.float32).reshape(4, 4)
 
@@ -30,17 +29,15 @@ def checkpointed(x):
     return jnp.sum(jax.checkpoint(layer)(x))
 
 
-def test_closed_calls_dissolve_and_are_timed_by_their_bodies_whatever_jax_names_them():
+def test_closed_calls_dissolve_whatever_jax_names_them():
     body = jax.make_jaxpr(layer)(X)
-    call, out = c.closed_call_p, c.Var(body.out_avals[0])
+    x, out = c.Var(body.in_avals[0]), c.Var(body.out_avals[0])
     base = c.open_jaxpr(body)
-    x = c.Var(body.in_avals[0])
-    eqn = c.new_eqn([x], [out], call, {"call_jaxpr": body}, c.no_effects, base.eqns[0].source_info, base.eqns[0].ctx)
+    like = base.eqns[0]
+    eqn = c.new_eqn([x], [out], c.closed_call_p, {"call_jaxpr": body}, c.no_effects, like.source_info, like.ctx)
     closed = c.close(c.rebuild(base, invars=[x], outvars=[out], eqns=[eqn]))
     assert primitives(_inline.inline(closed)) == primitives(body)
     np.testing.assert_allclose(c.as_function(closed)(X)[0], c.as_function(body)(X)[0], rtol=1e-6)
-    timelines = [simulate(jaxpr, target="tpu:v5e") for jaxpr in (closed, body)]
-    assert timelines[0].peak_bytes == timelines[1].peak_bytes
 
 
 def test_checkpoint_and_jit_dissolve():
