@@ -2,8 +2,9 @@
 
 In: a compiled program (optimized HLO). Out: a list of `Collective`s, loops multiplied out, and their sums by kind. An
 all-reduce of which every reader takes its own slice is a reduce-scatter in all but name (XLA:CPU writes it so), and is
-told apart. XLA:TPU spreads one collective over several fusions of a chain, loops among them, to overlap it with
-compute: it is counted once. Nothing here compiles; the seconds of a collective alone are predicted.
+told apart; XLA:TPU puts the slice of a reduce-scatter into the all-reduce's own computation, and any other all-reduce
+is sent whole, whoever slices it. XLA:TPU spreads one collective over several fusions of a chain, loops among them, to
+overlap it with compute: it is counted once. Nothing here compiles; the seconds of a collective alone are predicted.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from memopt import _target
@@ -25,6 +26,7 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:body|to_apply|calls|condition|called_computation)=%?([\w.\-]+)|calls=\{([^}]*)\}")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)')
+_TILES = re.compile(r"\{[\d,]*:T\(")  # layouts of XLA:TPU
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _CONDITION = re.compile(r" while\(.*condition=%?([\w.\-]+)")
 _CONSTANT = re.compile(r"^\s*(?:ROOT\s+)?%?([\w.\-]+) = [su]\d+\[\]\S* constant\((\d+)\)")
@@ -100,13 +102,14 @@ def collectives(compiled: Any) -> list[Collective]:
     text = compiled if isinstance(compiled, str) else compiled.as_text() or ""
     bodies = _computations(text)
     times = _times(bodies)
+    readers = _readers(text, bodies)
     found: list[Collective] = []
     pieces: dict[str, list[Collective]] = {}
     for body, lines in bodies.items():
         if body not in times:
             continue
         for line in lines:
-            read = list(_read(line, lines, bodies, times[body]))
+            read = list(_read(line, lines, readers(body), times[body]))
             channel = _CHANNEL.search(line) if read and "chain_id" in line else None
             if channel is None:
                 found += read
@@ -150,6 +153,15 @@ def _times(bodies: Mapping[str, list[str]]) -> dict[str, int]:
     return times
 
 
+def _readers(text: str, bodies: Mapping[str, list[str]]) -> Callable[[str], Mapping[str, list[str]] | None]:
+    """Return in which computations, beside its own, slices of one's all-reduces count; None: not even in its own."""
+    if _TILES.search(text) is None:
+        return lambda body: bodies
+    lines = (line for body in bodies.values() for line in body if " fusion(" in line)
+    kernels = {called for line in lines for called in _called(line)}
+    return lambda body: {} if body in kernels else None
+
+
 def _trips(line: str, bodies: Mapping[str, list[str]]) -> int:
     """Return how often a loop runs: as the compiler says, else by a condition that compares a counter with a constant.
 
@@ -170,7 +182,7 @@ def _called(line: str) -> Iterator[str]:
             yield from (part.strip().lstrip("%") for part in (group or "").split(",") if part.strip())
 
 
-def _read(line: str, lines: list[str], bodies: Mapping[str, list[str]], times: int) -> Iterator[Collective]:
+def _read(line: str, lines: list[str], bodies: Mapping[str, list[str]] | None, times: int) -> Iterator[Collective]:
     match = _LINE.match(line)
     if match is None:
         return
@@ -187,9 +199,10 @@ def _read(line: str, lines: list[str], bodies: Mapping[str, list[str]], times: i
         arrays = [size * ways for size in arrays]
     if kind == "all-to-all" and len(arrays) > 1:
         arrays = [sum(arrays)]  # one array in as many parts as there are devices
-    parts = _parts(name, lines) if kind == "all-reduce" else {}
+    sliced = kind == "all-reduce" and bodies is not None
+    parts = _parts(name, lines) if sliced else {}
     for i, size in enumerate(arrays):
-        scattered = kind == "all-reduce" and _is_scattered(parts.get(i, name), lines, bodies)
+        scattered = sliced and _is_scattered(parts.get(i, name), lines, bodies)
         yield Collective("reduce-scatter" if scattered else kind, name, size, ways, times, label[1] if label else "")
 
 

@@ -64,3 +64,42 @@ def test_seconds_go_by_the_links_that_a_group_of_devices_spans():
     rate = 1e11  # of one side of a v5e's plane
     assert one.seconds("tpu:v5e:4x4") == pytest.approx(15e9 / (2 * rate))
     assert four.seconds("tpu:v5e:4x4") == pytest.approx(2 * 12e9 / rate)
+
+
+SUMS = """HloModule jit_step, is_scheduled=true
+
+%all-reduce-scatter (q: f32[64]) -> f32[8] {
+  %q = f32[64]{0:T(256)} parameter(0)
+  %all-reduce.1 = f32[64]{0:T(256)} all-reduce(%q), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
+  %start = s32[]{:T(128)} partition-id()
+  ROOT %own = f32[8]{0:T(256)} dynamic-slice(%all-reduce.1, %start), dynamic_slice_sizes={8}
+}
+
+%update (q: f32[64]) -> f32[8] {
+  %q = f32[64]{0:T(256)} parameter(0)
+  %start = s32[]{:T(128)} partition-id()
+  ROOT %own = f32[8]{0:T(256)} dynamic-slice(%q, %start), dynamic_slice_sizes={8}
+}
+
+ENTRY %main (a: f32[64]) -> (f32[8], f32[8], f32[8]) {
+  %a = f32[64]{0:T(256)} parameter(0)
+  %scattered = f32[8]{0:T(256)} fusion(%a), kind=kCustom, calls=%all-reduce-scatter
+  %whole = f32[64]{0:T(256)} all-reduce(%a), channel_id=2, replica_groups=[1,8]<=[8], to_apply=%add
+  %taken = f32[8]{0:T(256)} fusion(%whole), kind=kLoop, calls=%update
+  %again = f32[64]{0:T(256)} all-reduce(%a), channel_id=3, replica_groups=[1,8]<=[8], to_apply=%add
+  %start = s32[]{:T(128)} partition-id()
+  %own = f32[8]{0:T(256)} dynamic-slice(%again, %start), dynamic_slice_sizes={8}
+  ROOT %r = (f32[8]{0:T(256)}, f32[8]{0:T(256)}, f32[8]{0:T(256)}) tuple(%scattered, %taken, %own)
+}
+"""
+
+
+def test_on_a_tpu_a_sum_is_scattered_where_its_own_kernel_slices_it_alone():
+    scattered, whole = 256 * 7 // 8, 2 * 256 * 7 // 8
+    assert totals(collectives(SUMS)) == {"reduce-scatter": (1, scattered), "all-reduce": (2, 2 * whole)}
+
+
+def test_on_a_cpu_whoever_slices_it():
+    assert totals(collectives(SUMS.replace(":T(256)", "").replace(":T(128)", "").replace("{}", ""))).keys() == {
+        "reduce-scatter"
+    }
