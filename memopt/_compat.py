@@ -39,6 +39,11 @@ optimization_barrier_p = jax.lax.optimization_barrier_p
 closed_call_p = primitives.closed_call_p
 #: Names of plain calls of a `call_jaxpr`; JAX 0.12 names `closed_call_p` anew, and binds it for `custom_vjp` too.
 CLOSED_CALLS = ("closed_call", "core_closed_call", "eval_jaxpr")
+#: Calls that XLA inlines: their equations run among the caller's own (so do those of a `shard_map`, on one part each).
+INLINED_CALLS = frozenset(
+    "jit pjit core_call call remat2 checkpoint remat custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_lin "
+    "run_state".split()
+).union(CLOSED_CALLS)
 reduce_scatter_p = _parallel.reduce_scatter_p
 
 

@@ -48,7 +48,7 @@ def ties(eqn: Any) -> list[tuple[Any, list[Factor]]] | None:
         return _while_ties(eqn)
     if name == "cond":
         return [(b, _call_ties(eqn.invars[1:], eqn.outvars, b)) for b in map(c.open_jaxpr, eqn.params["branches"])]
-    if name in _CALLS:
+    if name in c.INLINED_CALLS:
         body = c.open_jaxpr(next(value for _, _, value in c.subjaxprs(eqn.params)))
         if len(body.invars) == len(eqn.invars) and len(body.outvars) == len(eqn.outvars):
             return [(body, _call_ties(eqn.invars, eqn.outvars, body))]
@@ -321,10 +321,6 @@ _ELEMENTWISE = frozenset(
     "eq_to lt_to le_to dce_sink".split()
 )
 _SOURCES = frozenset("random_bits random_seed random_fold_in random_split iota empty rng_uniform".split())
-_CALLS = frozenset(
-    "jit pjit core_call call remat2 checkpoint remat custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr custom_lin "
-    "run_state".split()
-).union(c.CLOSED_CALLS)
 
 _RULES: dict[str, Callable[[Any], Iterator[Factor]]] = {
     "dot_general": _dot,

@@ -22,11 +22,8 @@ from memopt._sizes import is_on_host
 _FLOAT32 = np.dtype(np.float32)
 _Literal = core.Literal  # looked up once: it is asked of every operand of every plan
 
-#: Calls that XLA inlines: their equations run among the caller's own.
-INLINED = frozenset(
-    "jit pjit core_call call remat2 checkpoint remat custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr shard_map "
-    "custom_lin run_state".split()
-).union(c.CLOSED_CALLS)
+#: Calls whose equations run among the caller's own.
+INLINED = c.INLINED_CALLS | {"shard_map"}
 #: Operations whose kernels choose the layout of what they read and make.
 _LAID_OUT = frozenset({"dot_general", "conv_general_dilated"})
 #: Operations whose result is their operand's buffer: no bytes move.
