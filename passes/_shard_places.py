@@ -19,6 +19,7 @@ from memopt.passes._shard_rules import Rules, Spec
 
 _LOOKUPS = frozenset({"gather", "take", "dynamic_slice"})
 _SCATTERS = frozenset({"scatter-add", "scatter_add"})
+_CUTS = frozenset({"dynamic_slice", "dynamic_update_slice"})
 
 
 @dataclasses.dataclass
@@ -60,16 +61,20 @@ def places(flow: Flow, roles: Roles, rules: Rules) -> Places:
 
 def _activations(flow: Flow, roles: Roles, rules: Rules, found: Places) -> None:
     """Hold matmul results and what loops carry to the split of their groups."""
+    whole: dict[Any, Spec] = {}
     for body in flow.bodies:
         for eqn in body.eqns:
             if eqn.primitive.name in _fusion.MATMULS or _sums_parts(eqn, rules):
                 _hold(eqn.outvars[0], roles, rules, found)
             elif eqn.primitive.name == "scan":
-                _join(eqn, roles, rules, found)
+                _join(eqn, roles, rules, found, whole)
             elif eqn.primitive.name == "gather":
                 _pick(eqn, roles, rules, found)
-    for first in flow.carried.values():
-        _hold(first, roles, rules, found)
+    for after, first in flow.carried.items():
+        if first in whole:
+            found.made[first] = found.made[after] = (whole[first],)
+        else:
+            _hold(first, roles, rules, found)
 
 
 def _sums_parts(eqn: Any, rules: Rules) -> bool:
@@ -81,18 +86,44 @@ def _sums_parts(eqn: Any, rules: Rules) -> bool:
     return any(g in rules.tensor for g in gone) and any(g not in outer for g in rules.groups.all_of(eqn.outvars[0]))
 
 
-def _join(eqn: Any, roles: Roles, rules: Rules, found: Places) -> None:
-    """Bring together before a loop what its matmuls read whole along the sequence in every trip."""
+def _join(eqn: Any, roles: Roles, rules: Rules, found: Places, whole: dict[Any, Spec]) -> None:
+    """Bring together before a loop what its trips read whole along the sequence, or cut a part of the sequence from.
+
+    XLA would bring it together in every trip. What the loop carries is put into `whole`.
+    """
     body = c.open_jaxpr(eqn.params["jaxpr"])
     clashing = {axis for one in body.eqns if one.primitive.name in _fusion.MATMULS for _, axis in clashes(one, rules)}
-    num_consts, _ = c.scan_layout(eqn)
-    for position, (outer, inner) in enumerate(zip(eqn.invars[:num_consts], body.invars, strict=False)):
+    cut = _cut(body, rules)
+    num_consts, num_carry = c.scan_layout(eqn)
+    for position, (outer, inner) in enumerate(zip(eqn.invars, body.invars[: num_consts + num_carry], strict=False)):
+        axes = cut.get(inner, set())
+        if position < num_consts:
+            axes = axes | _split(inner, rules, sequence=True) & clashing
+        if not axes and not (inner in cut and any(cut.values())):
+            continue
+        spec = tuple(tuple(a for a in one if a not in axes) for one in rules.value(inner))
+        if position >= num_consts and inner not in roles.gradients:
+            whole[inner] = spec
+            result = eqn.outvars[position - num_consts]
+            found.made[result] = (spec, rules.value(result))  # else XLA splits what is carried as its readers want it
         if is_var(outer) and outer in roles.data:
-            axes = tuple(sorted(_split(inner, rules, sequence=True) & clashing))
+            found.used[id(eqn), position] = (spec,)
             if axes:
-                spec = tuple(tuple(a for a in one if a not in axes) for one in rules.value(inner))
-                found.used[id(eqn), position] = (spec,)
-                found.joined[id(eqn), position] = axes
+                found.joined[id(eqn), position] = tuple(sorted(axes))
+
+
+def _cut(body: Any, rules: Rules) -> dict[Any, set[str]]:
+    """Return the variables from which a body cuts parts at places that it works out; with the axes of the sequence."""
+    found: dict[Any, set[str]] = {}
+    for eqn in body.eqns:
+        if eqn.primitive.name in _CUTS and is_var(eqn.invars[0]):
+            var = eqn.invars[0]
+            part = eqn.outvars[0] if eqn.primitive.name == "dynamic_slice" else eqn.invars[1]
+            shorter = (own < size for own, size in zip(shape_of(part), shape_of(var), strict=True))
+            dims = zip(shorter, rules.groups.all_of(var), rules.value(var), strict=True)
+            axes = {a for cut, group, axes in dims if cut and group in rules.sequence_groups for a in axes}
+            found.setdefault(var, set()).update(axes)
+    return found
 
 
 def _pick(eqn: Any, roles: Roles, rules: Rules, found: Places) -> None:
