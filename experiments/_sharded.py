@@ -32,12 +32,16 @@ def devices_of(target: str) -> int:
 def mesh_of(target: str, strategy: str, second_ways: int) -> Any:
     """Return a mesh with one axis, or with a second one for the part of the strategy that splits values.
 
-    `"tensor"` and `"sequence"` alone take all devices along that axis.
+    `"tensor"` and `"sequence"` alone take all devices along that axis; `"hierarchical"` alone has an outer axis and an
+    inner one.
     """
     import memopt
 
     ways = devices_of(target)
     parts = strategy.split("+")
+    if "hierarchical" in parts and not {"context", "tensor", "sequence"} & set(parts):
+        inner = min(second_ways, ways)
+        return memopt.mesh(target, (ways // inner, inner), ("outer", "inner"))
     second = next((part for part in ("context", "tensor", "sequence") if part in parts), None)
     if second is None:
         return memopt.mesh(target, (ways,), ("data",))

@@ -91,7 +91,7 @@ def candidates(mesh: Mesh) -> Iterator[Candidate]:
     for strategy in _ONE_AXIS:
         yield Candidate(strategy, Mesh(devices, ("data",)))
     for ways in range(2, min(devices.size, _MOST_MODEL_WAYS) + 1):
-        if devices.size % ways == 0 and devices.size > ways:
+        if devices.size % ways == 0:
             for strategy in _TWO_AXES:
                 yield Candidate(strategy, Mesh(devices.reshape(-1, ways), ("data", "model")))
 
