@@ -52,6 +52,11 @@ def mesh_of(target: str, strategy: str, second_ways: int) -> Any:
     return memopt.mesh(target, (ways // inner, inner), ("data", name))
 
 
+def rows_of(mesh: Any) -> int:
+    """Return the devices between which a mesh of `mesh_of` splits a batch."""
+    return math.prod(size for name, size in mesh.shape.items() if name in ("data", "outer", "inner"))
+
+
 def state_bytes(state: Any, places: Any = None) -> tuple[int, int]:
     """Return the bytes of a state on one device, and in all.
 

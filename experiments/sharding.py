@@ -68,7 +68,7 @@ def row_of(case: str, strategy: str, options: Any) -> dict[str, Any]:
     model, _, topology = case.partition(":")
     target = f"tpu:{topology}"
     mesh = _sharded.mesh_of(target, strategy, options.model_ways)
-    batch = options.batch or dict(mesh.shape).get("data", 1)
+    batch = options.batch or _sharded.rows_of(mesh)
     step, args, jit_options = _sharded.step_of(model, batch, options.length, options.layers)
     shard = memopt.passes.Shard(mesh, strategy=strategy, attention=options.attention)
     passes = [shard] if options.passes == "shard" else [*memopt.passes.default(), shard]
