@@ -87,27 +87,28 @@ class Mapped(Codec):
     def _values(self, codes: jax.Array) -> jax.Array:
         raise NotImplementedError
 
-    def _specials(self) -> tuple[tuple[int, float], ...]:
-        """Return the codes, of the smallest magnitudes, that blocks with such values give up for them."""
-        zero = 2 ** (self.bits - 1) - 1 if self.signed else 0
-        one, two, three = (zero + 1, zero - 1, zero + 2) if self.signed else (zero + 1, zero + 2, zero + 3)
-        return (one, np.nan), (two, -np.inf), (three, np.inf)
+    def _given_up(self) -> int:
+        """Return the code of NaN, in blocks that are not all finite; the codes beside it are those of the infinities.
+
+        They are next to zero, so that what had them moves little.
+        """
+        return 2 ** (self.bits - 1) + 1 if self.signed else 2
+
+    def _is_given_up(self, q: jax.Array, special: jax.Array) -> jax.Array:
+        reach = jnp.where(special, q.dtype.type(1.5), q.dtype.type(-1))  # a number a block: XLA:TPU is slow with masks
+        return jnp.abs(q - q.dtype.type(self._given_up())) < reach
 
     def _mark(self, q: jax.Array, x: jax.Array, special: jax.Array) -> jax.Array:
-        """Put the codes of what is not finite; finite values that had them go to the nearest code left."""
-        kind = q.dtype.type
-        codes = [code for code, _ in self._specials()]
-        spare = min(codes) - 1 if not self.signed else 2 ** (self.bits - 1) - 1
-        taken = (q >= min(codes)) & (q <= max(codes)) & special
-        q = jnp.where(taken, kind(spare), q)
-        for (code, _), found in zip(self._specials(), (jnp.isnan, jnp.isneginf, jnp.isposinf), strict=True):
+        """Put the codes of what is not finite; finite values that had them go to zero, or the smallest code."""
+        kind, nan = q.dtype.type, self._given_up()
+        q = jnp.where(self._is_given_up(q, special), kind(nan - 2), q)
+        for code, found in ((nan - 1, jnp.isneginf), (nan, jnp.isnan), (nan + 1, jnp.isposinf)):
             q = jnp.where(found(x), kind(code), q)
         return q
 
     def _unmark(self, value: jax.Array, q: jax.Array, special: jax.Array) -> jax.Array:
-        for code, what in self._specials():
-            value = jnp.where(special & (q == code), value.dtype.type(what), value)
-        return value
+        what = ((q - q.dtype.type(self._given_up())) * q.dtype.type(np.inf)).astype(value.dtype)
+        return jnp.where(self._is_given_up(q, special), what, value)
 
 
 # Traced once for a codec, shape and dtype, as `encode` is.

@@ -35,7 +35,7 @@ def scale_by_adam_8bit(
     Memory: 2 bytes a parameter and 4 bytes of scale a block for each moment, in place of 8 (float32). A row of the last
     axis is a block where it is no longer than one: 2.02 bytes a parameter at 512 columns. Longer rows have blocks down
     the second last axis where it divides into tiles of 32. XLA:TPU then holds no moment in full precision: new ones are
-    made twice, for their scales and for their codes; where blocks run down, an update in the gradient's dtype is held.
+    made twice, for their scales and for their codes; an update in the gradient's dtype is held.
     Cost: decoding twice and encoding, about 100 element-wise operations a parameter, fused by XLA.
 
     Args:

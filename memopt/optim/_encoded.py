@@ -2,8 +2,9 @@
 
 In come a gradient and encoded moments of one leaf, out go its update and the moments encoded again. A leaf is decoded,
 used and encoded by itself, and new moments are made twice, once for their scales and once for their codes, so that
-XLA:TPU can fuse each into what reads it rather than hold a copy in full precision. The codecs are the framework's;
-nothing here knows what their codes mean.
+XLA:TPU can fuse each into what reads it rather than hold a copy in full precision. Updates leave the kernel that writes
+the codes in the gradient's dtype: else XLA:TPU held a part of them in float32, and decoded a moment again for the rest.
+The codecs are the framework's; nothing here knows what their codes mean.
 """
 
 from __future__ import annotations
@@ -116,6 +117,7 @@ def advance(leaf: Leaf, rule: Callable[[Any, Any], tuple[Any, Any]], gradient: A
     measured = [old.codec.measure(new, old.shape, rows) for new, old in follow(gradient, state)[1]]
     gradient, state, measured = jax.lax.optimization_barrier((gradient, state, measured))
     update, pairs = follow(gradient, state)
+    update = jax.lax.optimization_barrier(update.astype(leaf.dtype))
     kept = [old.codec.write(new, scales, old, rows) for (new, old), scales in zip(pairs, measured, strict=True)]
     return update, treedef.unflatten(kept)
 

@@ -1,8 +1,8 @@
 """The dynamic 8-bit map, computed and not looked up: decades, each cut into twice the cells of the next smaller one.
 
 In: float32 ratios of values to their block's scale, or codes as float32. Out: the other. Operations are those that
-kernels know. A block that is not all finite has a negative scale and gives up the codes of the three smallest
-magnitudes for NaN and the infinities.
+kernels know. A block that is not all finite has a negative scale and gives up three codes next to zero for NaN and the
+infinities.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ def decode(code: jax.Array, scale: jax.Array, signed: bool) -> jax.Array:
     else:
         value = _value(code, signed)
     value = jnp.clip(value * jnp.abs(scale), -LARGEST, LARGEST)
-    for which, what in specials(signed):
-        value = jnp.where(jnp.logical_and(scale < 0, code == which), jnp.full_like(value, what), value)
-    return value
+    what = (code - given_up(signed)) * jnp.full_like(code, np.inf)  # no number at 0, and an infinity on either side
+    return jnp.where(_is_given_up(code, scale < 0, signed), what, value)
 
 
 def scales(x: jax.Array, axis: int) -> jax.Array:
@@ -75,37 +74,51 @@ def _all(truth: jax.Array, axis: int) -> jax.Array:
     return jnp.where(truth, 1.0, 0.0).astype(jnp.float32).min(axis=axis, keepdims=True) > 0.5
 
 
-def specials(signed: bool) -> tuple[tuple[int, float], ...]:
-    """Return the codes that stand for NaN and the infinities in a block that is not all finite."""
-    zero = 127 if signed else 0
-    one, two, three = (zero + 1, zero - 1, zero + 2) if signed else (zero + 1, zero + 2, zero + 3)
-    return (one, np.nan), (two, -np.inf), (three, np.inf)
+def given_up(signed: bool) -> int:
+    """Return the code of NaN in a block that is not all finite; those beside it are the codes of the infinities."""
+    return 129 if signed else 2
+
+
+def _is_given_up(code: jax.Array, special: jax.Array, signed: bool) -> jax.Array:
+    near = jnp.abs(code - given_up(signed)) < jnp.full_like(code, 1.5)
+    return jnp.logical_and(special, near)
 
 
 def _mark(code: jax.Array, x: jax.Array, special: jax.Array, signed: bool) -> jax.Array:
-    given = [which for which, _ in specials(signed)]
-    taken = jnp.logical_and(special, jnp.logical_and(code >= min(given), code <= max(given)))
-    code = jnp.where(taken, jnp.full_like(code, 127 if signed else min(given) - 1), code)
-    for which, found in zip(given, (x != x, x == -np.inf, x == np.inf), strict=True):
+    nan = given_up(signed)
+    code = jnp.where(_is_given_up(code, special, signed), jnp.full_like(code, nan - 2), code)
+    for which, found in ((nan - 1, x == -np.inf), (nan, x != x), (nan + 1, x == np.inf)):
         code = jnp.where(found, jnp.full_like(code, which), code)
     return code
 
 
 def _rank(size: jax.Array, signed: bool) -> jax.Array:
-    """Return the nearest code of magnitudes in [0, 1]: 0 is zero, the last one is 1."""
-    rank, before, largest = jnp.zeros_like(size), 1, 0.0
-    for low, cell, count in decades(signed):
-        inside = jnp.clip(jnp.floor((size - np.float32(low)) / np.float32(cell)), 0.0, float(count - 1))
-        border = (largest + low + cell / 2) / 2  # halfway between this decade's first value and the one before
-        rank = jnp.where(size > np.float32(border), inside + before, rank)
-        before, largest = before + count, low + cell * (count - 0.5)
-    return jnp.where(size > np.float32((largest + 1.0) / 2), jnp.full_like(rank, before), rank)
+    """Return the nearest code of magnitudes in [0, 1]: 0 is zero, the last one is 1.
+
+    A decade of `n` cells starts at rank `n` (unsigned: `n - 1`), at `n / 9` cells.
+    """
+    (low, cell, count), *later = decades(signed)
+    per, cells, first = jnp.full_like(size, 1 / cell), jnp.full_like(size, count), (low + cell / 2) / 2
+    largest = low + cell * (count - 0.5)
+    for low, cell, count in later:
+        beyond = size > np.float32((largest + low + cell / 2) / 2)  # halfway between its first value and the one before
+        per = jnp.where(beyond, jnp.full_like(per, 1 / cell), per)
+        cells = jnp.where(beyond, jnp.full_like(cells, count), cells)
+        largest = low + cell * (count - 0.5)
+    inside = jnp.clip(jnp.floor(size * per - cells * np.float32(1 / 9)), jnp.zeros_like(cells), cells - 1)
+    rank = jnp.where(size > np.float32(first), inside + cells - (0 if signed else 1), jnp.zeros_like(size))
+    last = 128.0 if signed else 255.0
+    return jnp.where(size > np.float32((largest + 1.0) / 2), jnp.full_like(rank, last), rank)
 
 
 def _value(rank: jax.Array, signed: bool) -> jax.Array:
-    value, before = jnp.zeros_like(rank), 1
-    for low, cell, count in decades(signed):
-        inside = (rank - before) * np.float32(cell) + np.float32(low + cell / 2)
-        value = jnp.where(rank >= before, inside, value)
+    """Undo `_rank`."""
+    (low, width, count), *later = decades(signed)
+    cell, offset, before = jnp.full_like(rank, width), jnp.full_like(rank, low + width / 2 - width), 1 + count
+    for low, width, count in later:
+        beyond = rank >= before
+        cell = jnp.where(beyond, jnp.full_like(cell, width), cell)
+        offset = jnp.where(beyond, jnp.full_like(offset, low + width / 2 - before * width), offset)
         before += count
-    return jnp.where(rank >= before, jnp.ones_like(value), value)
+    value = jnp.minimum(rank * cell + offset, jnp.ones_like(rank))  # the last rank is one cell beyond
+    return jnp.where(rank >= 1, value, jnp.zeros_like(value))

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from . import codes
 
@@ -41,7 +42,8 @@ def dequantize(spec: Spec, code: jax.Array, scale: jax.Array) -> jax.Array:
     scale, width = scale.swapaxes(1, 2)[..., None], code.shape[2]
     code = to_blocks(code, spec.block)
     value = jnp.asarray(codes.values(spec.signed), jnp.float32)[code] * jnp.abs(scale)
-    for which, what in codes.specials(spec.signed):
+    nan = codes.given_up(spec.signed)
+    for which, what in ((nan - 1, -np.inf), (nan, np.nan), (nan + 1, np.inf)):
         value = jnp.where((scale < 0) & (code == which), what, value)
     return from_blocks(value, width)
 
