@@ -82,7 +82,8 @@ def _einsum(rule: str, first: jax.Array, second: jax.Array) -> jax.Array:
 def range_basis(matrix: jax.Array, rank: int, key: jax.Array, side: Side, power_iterations: int) -> jax.Array:
     """Find an orthonormal basis of the dominant directions of one matrix, without a singular value decomposition.
 
-    Cost: `2 + 4 * power_iterations` products of `m * n * rank` and one QR of `[m, rank]` (or `[n, rank]`).
+    Cost: `4 + 4 * power_iterations` products of `m * n * rank`, the last two for nothing (one loop of two products is
+    what a TPU's compiler is quick with), and `orthonormal` of `[m, rank]` (or `[n, rank]`).
 
     Args:
       matrix: `[m, n]`, any floating dtype.
@@ -96,13 +97,50 @@ def range_basis(matrix: jax.Array, rank: int, key: jax.Array, side: Side, power_
 
     Source: Halko, Martinsson and Tropp 2011, "Finding structure with randomness", algorithms 4.1 and 4.3.
     """
-    tall = matrix if side_of(matrix.shape, side) == "left" else matrix.T
-    tall = tall.astype(wide(matrix.dtype))
-    tall = tall / jnp.maximum(jnp.sqrt(jnp.sum(jnp.square(tall))), jnp.finfo(tall.dtype).tiny)
-    sketch = jnp.dot(tall, jax.random.normal(key, (tall.shape[1], rank), tall.dtype), precision=HIGH)
-    for _ in range(power_iterations):
-        sketch = jnp.dot(tall, jnp.dot(tall.T, sketch, precision=HIGH), precision=HIGH)
-    return jnp.linalg.qr(sketch)[0]
+    left, dtype = side_of(matrix.shape, side) == "left", wide(matrix.dtype)
+    rows, columns = matrix.shape if left else matrix.shape[::-1]
+
+    def iterate(_, pair):
+        wider = matrix.astype(dtype)  # here and not before the loop, where all of it would be held
+        sketch = jnp.einsum("mn,nr->mr" if left else "nm,nr->mr", wider, pair[1], precision=HIGH)
+        sketch = sketch / jnp.maximum(jnp.max(jnp.abs(sketch)), jnp.finfo(dtype).tiny)
+        return sketch, jnp.einsum("mn,mr->nr" if left else "nm,mr->nr", wider, sketch, precision=HIGH)
+
+    start = jnp.zeros((rows, rank), dtype), jax.random.normal(key, (columns, rank), dtype)
+    return orthonormal(jax.lax.fori_loop(0, 1 + power_iterations, iterate, start)[0])
+
+
+def orthonormal(columns: jax.Array) -> jax.Array:
+    """Make columns orthonormal one after the other, each from what those before it leave of it.
+
+    It is `jnp.linalg.qr(columns)[0]` up to signs, by Gram-Schmidt with every column projected again: a loop that a
+    TPU's compiler takes less than a second for (2048 x 512; 13 for its QR). A column that depends on those before it,
+    to rounding, is exchanged for the unit vector that they cover least.
+
+    Args:
+      columns: `[m, rank]`, `rank <= m`, float32 or float64.
+
+    Source: Giraud, Langou and Rozloznik 2005, "The loss of orthogonality in the Gram-Schmidt orthogonalization
+    process": twice is enough.
+    """
+    rows, tiny = columns.shape[0], jnp.finfo(columns.dtype)
+
+    def left(basis, column):  # sums of products, since a TPU's matmul of float32 is not one of float32
+        return column - jnp.sum(basis * jnp.sum(basis * column[:, None], 0)[None], 1)
+
+    def size(column):
+        return jnp.sqrt(jnp.sum(jnp.square(column)))
+
+    def one(index, basis):
+        column = jax.lax.dynamic_index_in_dim(columns, index, 1, keepdims=False)
+        rest = left(basis, column)
+        least = jnp.argmin(jnp.sum(jnp.square(basis), 1))
+        unit = (jnp.arange(rows) == least).astype(columns.dtype)
+        rest = jnp.where(size(rest) > 8 * tiny.eps * size(column), rest, unit)
+        rest = left(basis, left(basis, rest / size(rest)))
+        return jax.lax.dynamic_update_index_in_dim(basis, rest / size(rest), index, 1)
+
+    return jax.lax.fori_loop(0, columns.shape[1], one, jnp.zeros_like(columns))
 
 
 def refresh_offsets(leaves: Sequence[Leaf], projected: Sequence[bool], every: int) -> list[np.ndarray]:

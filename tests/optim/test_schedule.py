@@ -11,7 +11,7 @@ import pytest
 
 from memopt.optim import scale_by_dct_low_rank, scale_by_galore, scale_by_q_galore
 from memopt.optim._leaves import describe
-from memopt.optim._projection import due_range, range_basis, refresh_offsets
+from memopt.optim._projection import due_range, orthonormal, range_basis, refresh_offsets
 
 
 def test_refreshes_are_spread_over_all_matrices():
@@ -89,3 +89,27 @@ def test_the_range_finder_finds_the_dominant_directions(side):
 def test_a_zero_gradient_has_a_basis():
     basis = range_basis(jnp.zeros((6, 8)), 3, jax.random.key(0), "left", 1)
     np.testing.assert_allclose(basis.T @ basis, np.eye(3), atol=1e-6)
+
+
+def test_orthonormal_columns_are_those_of_a_qr_up_to_signs():
+    columns = jax.random.normal(jax.random.key(0), (60, 12))
+    basis, wanted = np.asarray(orthonormal(columns)), np.linalg.qr(np.asarray(columns))[0]
+    np.testing.assert_allclose(basis, wanted * np.sign((basis * wanted).sum(0)), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: x * 10.0 ** -jnp.arange(12.0)[None],  # what is left of a column is mostly rounding
+        lambda x: x[:, :1] + 1e-4 * x,  # nearly parallel
+        lambda x: x.at[:, 5].set(2 * x[:, 4]).at[:, 7].set(0.0),
+        lambda x: x[:12] * 1e-20,
+        jnp.ones_like,
+        jnp.zeros_like,
+    ],
+    ids=["graded", "parallel", "dependent", "square", "ones", "zeros"],
+)
+def test_columns_are_orthonormal_whatever_they_were(make):
+    columns = make(jax.random.normal(jax.random.key(0), (60, 12)))
+    basis = np.asarray(jax.jit(orthonormal)(columns))
+    np.testing.assert_allclose(basis.T @ basis, np.eye(12), atol=3e-6)
