@@ -69,16 +69,19 @@ def _dynamic_rank(size: jax.Array, bits: int, signed: bool) -> jax.Array:
 
 
 def _dynamic_value(rank: jax.Array, bits: int, signed: bool) -> jax.Array:
-    """Undo `_dynamic_rank`, but for rank 0, which is not looked at."""
-    start, width, cells = _decades(bits, signed)
-    kind = rank.dtype.type
-    first = np.cumsum([1, *cells[:-1]])
-    offsets = start + width / 2 - first * width
-    cell, offset = kind(width[0]), kind(offsets[0])
-    for one, w, o in list(zip(first, width, offsets, strict=True))[1:]:
-        later = rank >= kind(one)
-        cell, offset = jnp.where(later, kind(w), cell), jnp.where(later, kind(o), offset)
-    return jnp.minimum(rank * cell + offset, 1)  # the last rank is one cell beyond
+    """Undo `_dynamic_rank`, but for rank 0, which is not looked at.
+
+    A decade of `n = 2**e` cells starts at rank `n` (unsigned: `n - 1`), so that the float `rank + 1/2` (or 3/2) has the
+    decade in its exponent and the place in it in its mantissa: selections for each decade compile more slowly.
+    """
+    kind, info = rank.dtype.type, jnp.finfo(rank.dtype)
+    word = jax.lax.bitcast_convert_type(rank + kind(0.5 if signed else 1.5), f"int{info.bits}")
+    one = jax.lax.bitcast_convert_type(kind(1), word.dtype)
+    mantissa = jax.lax.bitcast_convert_type(word & (2**info.nmant - 1) | one, rank.dtype)
+    decade = (word >> info.nmant) - (one >> info.nmant) - (0 if signed else 1)
+    power = jnp.exp(decade.astype(rank.dtype) * kind(np.log(10)))
+    least = 10.0 ** (2 - bits)
+    return jnp.minimum(power * (mantissa * kind(0.9 * least) - kind(0.8 * least)), 1)  # the last rank is a cell beyond
 
 
 @dataclasses.dataclass(frozen=True)

@@ -112,13 +112,10 @@ def _rank(size: jax.Array, signed: bool) -> jax.Array:
 
 
 def _value(rank: jax.Array, signed: bool) -> jax.Array:
-    """Undo `_rank`."""
-    (low, width, count), *later = decades(signed)
-    cell, offset, before = jnp.full_like(rank, width), jnp.full_like(rank, low + width / 2 - width), 1 + count
-    for low, width, count in later:
-        beyond = rank >= before
-        cell = jnp.where(beyond, jnp.full_like(cell, width), cell)
-        offset = jnp.where(beyond, jnp.full_like(offset, low + width / 2 - before * width), offset)
-        before += count
-    value = jnp.minimum(rank * cell + offset, jnp.ones_like(rank))  # the last rank is one cell beyond
-    return jnp.where(rank >= 1, value, jnp.zeros_like(value))
+    """Undo `_rank`: the float `rank + 1/2` (unsigned: 3/2) has the decade in its exponent, the cell in its mantissa."""
+    word = jax.lax.bitcast_convert_type(rank + (0.5 if signed else 1.5), jnp.int32)
+    mantissa = jax.lax.bitcast_convert_type(word & 0x7FFFFF | 0x3F800000, jnp.float32)
+    decade = ((word >> 23) - (127 if signed else 128)).astype(jnp.float32)
+    power = jnp.exp(decade * np.float32(np.log(10)))
+    value = jnp.minimum(power * (mantissa * np.float32(0.9e-6) - np.float32(0.8e-6)), jnp.ones_like(rank))
+    return jnp.where(rank >= 1, value, jnp.zeros_like(value))  # the last rank is a cell beyond the last decade
