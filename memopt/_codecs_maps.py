@@ -75,11 +75,11 @@ def _dynamic_value(rank: jax.Array, bits: int, signed: bool) -> jax.Array:
     decade in its exponent and the place in it in its mantissa: selections for each decade compile more slowly.
     """
     kind, info = rank.dtype.type, jnp.finfo(rank.dtype)
-    word = jax.lax.bitcast_convert_type(rank + kind(0.5 if signed else 1.5), f"int{info.bits}")
-    one = jax.lax.bitcast_convert_type(kind(1), word.dtype)
+    one = np.ones((), rank.dtype).view(f"int{info.bits}")[()]
+    word = jax.lax.bitcast_convert_type(rank + kind(0.5 if signed else 1.5), one.dtype)
     mantissa = jax.lax.bitcast_convert_type(word & (2**info.nmant - 1) | one, rank.dtype)
-    decade = (word >> info.nmant) - (one >> info.nmant) - (0 if signed else 1)
-    power = jnp.exp(decade.astype(rank.dtype) * kind(np.log(10)))
+    decade = (word >> info.nmant) - ((one >> info.nmant) + (0 if signed else 1))
+    power = jnp.round(jnp.exp(decade.astype(rank.dtype) * kind(np.log(10))))
     least = 10.0 ** (2 - bits)
     return jnp.minimum(power * (mantissa * kind(0.9 * least) - kind(0.8 * least)), 1)  # the last rank is a cell beyond
 

@@ -95,6 +95,12 @@ def _elementwise(eqn: Any, stacked: Sequence[bool]) -> Row | None:
     return Row(eqn.params) if fits and any(stacked) else None
 
 
+def _recast(eqn: Any, stacked: Sequence[bool]) -> Row | None:
+    """The same bits as numbers of another type, element by element where both types have as many."""
+    same = eqn.invars[0].aval.dtype.itemsize == eqn.outvars[0].aval.dtype.itemsize
+    return _elementwise(eqn, stacked) if same else None
+
+
 def _reduction(eqn: Any, stacked: Sequence[bool]) -> Row | None:
     axes = tuple(eqn.params["axes"])
     rest = dict(eqn.params, axes=tuple(a - 1 for a in axes if a))
@@ -200,5 +206,5 @@ def _less(axes: Sequence[int]) -> tuple[int, ...]:
 _RULES = {
     "broadcast_in_dim": _broadcast, "reshape": _reshape, "squeeze": _squeeze, "transpose": _transpose,
     "rev": _reverse, "slice": _slice, "pad": _pad, "dot_general": _dot,
-    "iota": _iota, "reduce": _several,
+    "iota": _iota, "reduce": _several, "bitcast_convert_type": _recast,
 }  # fmt: skip

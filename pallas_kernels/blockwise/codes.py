@@ -116,6 +116,6 @@ def _value(rank: jax.Array, signed: bool) -> jax.Array:
     word = jax.lax.bitcast_convert_type(rank + (0.5 if signed else 1.5), jnp.int32)
     mantissa = jax.lax.bitcast_convert_type(word & 0x7FFFFF | 0x3F800000, jnp.float32)
     decade = ((word >> 23) - (127 if signed else 128)).astype(jnp.float32)
-    power = jnp.exp(decade * np.float32(np.log(10)))
+    power = jnp.round(jnp.exp(decade * np.float32(np.log(10))))
     value = jnp.minimum(power * (mantissa * np.float32(0.9e-6) - np.float32(0.8e-6)), jnp.ones_like(rank))
     return jnp.where(rank >= 1, value, jnp.zeros_like(value))  # the last rank is a cell beyond the last decade

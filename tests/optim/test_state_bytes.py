@@ -93,11 +93,12 @@ def test_no_singular_values_and_no_refresh_outside_a_loop(make):
     state = jax.eval_shape(optimizer.init, params)
     closed = jax.make_jaxpr(optimizer.update)(params, state, params)
     everywhere = primitives(closed.jaxpr)
-    factorings = {"svd", "eigh", "qr", "householder_product", "geqrf"}
-    assert factorings & set(everywhere) and "svd" not in everywhere and "eigh" not in everywhere
+    assert not {"svd", "eigh", "qr", "householder_product", "geqrf"} & set(everywhere)
+    refreshes = {"random_bits", "argmin"}  # the range finder's tests, and the choice of a unit vector
+    assert refreshes <= set(everywhere)
     top = [eqn for eqn in closed.jaxpr.eqns if eqn.primitive.name not in ("while", "cond")]
     outside = [name for eqn in top for name in (eqn.primitive.name, *primitives_of(eqn))]
-    assert not factorings & set(outside)
+    assert not refreshes & set(outside)
 
 
 def primitives_of(eqn) -> list[str]:
@@ -136,4 +137,5 @@ def test_moments_are_held_back_until_their_scales_are_made(name):
     params = {name: jnp.ones((8, 128)) for name in ("a", "b", "c")} | {"bias": jnp.ones(3)}
     traced = jax.make_jaxpr(optimizer.update)(params, optimizer.init(params), params)
     barriers = [e for e in traced.jaxpr.eqns if e.primitive is jax.lax.optimization_barrier_p]
-    assert len(barriers) == 3  # a leaf's own; leaves do not wait for each other, and each gradient goes when it is used
+    assert len([e for e in barriers if len(e.invars) > 1]) == 3  # a leaf's own: leaves do not wait for each other
+    assert [e.outvars[0].aval.shape for e in barriers if len(e.invars) == 1] == [(8, 128)] * 3  # each leaf's update
