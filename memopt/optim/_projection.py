@@ -1,8 +1,8 @@
 """Projections of a matrix onto few dimensions: which side, which basis, and when it is made anew.
 
 In come matrices of gradients and random keys, out go orthonormal bases and projected matrices. There is no singular
-value decomposition: a randomised range finder with one QR compiles in seconds for a TPU where an SVD takes minutes. It
-knows no optimizer, and keeps nothing.
+value decomposition: a randomised range finder and Gram-Schmidt compile in seconds for a TPU where an SVD takes minutes.
+It knows no optimizer, and keeps nothing.
 """
 
 from __future__ import annotations
