@@ -39,16 +39,15 @@ def mesh_of(target: str, strategy: str, second_ways: int) -> Any:
 
     ways = devices_of(target)
     parts = strategy.split("+")
-    if "hierarchical" in parts and not {"context", "tensor", "sequence"} & set(parts):
-        inner = min(second_ways, ways)
-        return memopt.mesh(target, (ways // inner, inner), ("outer", "inner"))
     second = next((part for part in ("context", "tensor", "sequence") if part in parts), None)
+    inner = min(second_ways, ways)
+    if second is None and "hierarchical" in parts:
+        return memopt.mesh(target, (ways // inner, inner), ("outer", "inner"))
     if second is None:
         return memopt.mesh(target, (ways,), ("data",))
     name = "context" if second == "context" else "model"
     if not {"data", "zero1", "zero2", "zero3", "hierarchical", "context"} & set(parts):
         return memopt.mesh(target, (ways,), (name,))
-    inner = min(second_ways, ways)
     return memopt.mesh(target, (ways // inner, inner), ("data", name))
 
 

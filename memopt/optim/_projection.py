@@ -121,6 +121,9 @@ def orthonormal(columns: jax.Array) -> jax.Array:
     Args:
       columns: `[m, rank]`, `rank <= m`, float32 or float64.
 
+    Returns:
+      `[m, rank]` in the same dtype: the first `j` span what the first `j` given ones do, where these are independent.
+
     Source: Giraud, Langou and Rozloznik 2005, "The loss of orthogonality in the Gram-Schmidt orthogonalization
     process": twice is enough.
     """
